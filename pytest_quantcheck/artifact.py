@@ -1,0 +1,251 @@
+"""An artifact: what is checked, as logical tensors, counted and weighed.
+
+This is where containers and schemes meet: `inspect` opens the container, asks the schemes, and adds up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from pytest_quantcheck import containers, schemes
+from pytest_quantcheck.containers import live_module
+from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.tensor import BYTE_CLASSES, COUNTED, ByteClass, Container, LogicalTensor
+
+if TYPE_CHECKING:
+    import torch
+
+Subject: TypeAlias = "str | os.PathLike[str] | torch.nn.Module | Artifact"
+
+# Output heads that models tie to their input embedding, and the last two components of such embeddings.
+HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "generator_lm_head.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "shared.weight",
+    "tok_embeddings.weight",
+)
+SAMPLE = 1 << 16
+
+
+class BitsPerWeight(NamedTuple):
+    """Bits per logical weight: over the quantized tensors, and over all parameters. None where there are none."""
+
+    quantized: float | None
+    model: float | None
+
+
+class SchemeTotal(NamedTuple):
+    """What one scheme holds of an artifact."""
+
+    tensors: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A live model, a file or a checkpoint folder, as the logical tensors of the unquantized model.
+
+    Counts are exact. Tied weights count once, buffers and the parts of encoded weights never.
+    """
+
+    source: str
+    container: str
+    tensors: tuple[LogicalTensor, ...]
+    file_bytes: int
+    overhead: Mapping[ByteClass, int] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    @cached_property
+    def parameters(self) -> tuple[LogicalTensor, ...]:
+        """The tensors that count: parameters of the model and of its adapters."""
+        return tuple(tensor for tensor in self.tensors if tensor.role in COUNTED)
+
+    @cached_property
+    def logical_params(self) -> int:
+        """The number of parameters of the unquantized model, adapters included."""
+        return sum(tensor.params for tensor in self.parameters)
+
+    @cached_property
+    def adapter_params(self) -> int:
+        """The share of `logical_params` that belongs to adapters (LoRA and its kin)."""
+        return sum(tensor.params for tensor in self.parameters if tensor.role == "adapter")
+
+    @cached_property
+    def trainable_params(self) -> int | None:
+        """The logical parameters an optimizer would see; None for files, which do not say."""
+        if self.container != "live":
+            return None
+        return sum(tensor.params for tensor in self.parameters if tensor.trainable)
+
+    @cached_property
+    def frozen_packed_params(self) -> int:
+        """The logical parameters that cannot be trained because their codes are packed."""
+        return sum(tensor.params for tensor in self.parameters if tensor.quantized and not tensor.trainable)
+
+    @cached_property
+    def stored_elements(self) -> int:
+        """What `sum(p.numel())` over the stored weights says: the number that lies."""
+        return sum(tensor.stored.elements for tensor in self.parameters)
+
+    @cached_property
+    def tied_params(self) -> int:
+        """The logical parameters that appear a second time, under another name, and are not counted again."""
+        by_stored = {tensor.stored.name: tensor for tensor in self.parameters}
+        aliased = sum(by_stored[first].params for first in self.aliases.values() if first in by_stored)
+        return aliased + sum(tensor.params for tensor in self.tensors if tensor.role == "tied")
+
+    @cached_property
+    def buffers(self) -> int:
+        """The number of values in buffers, which never count."""
+        return sum(tensor.params for tensor in self.tensors if tensor.role == "buffer")
+
+    @cached_property
+    def quantized_params(self) -> int:
+        """The logical parameters whose values are encoded."""
+        return sum(tensor.params for tensor in self.parameters if tensor.quantized)
+
+    @property
+    def quantized_fraction(self) -> float:
+        """The share of logical parameters whose values are encoded, 0 to 1."""
+        return self.quantized_params / self.logical_params if self.logical_params else 0.0
+
+    @cached_property
+    def bits_per_weight(self) -> BitsPerWeight:
+        """Bits per logical weight, scales and bookkeeping of each tensor included, file headers left out."""
+        return BitsPerWeight(
+            _bits([tensor for tensor in self.parameters if tensor.quantized]), _bits(list(self.parameters))
+        )
+
+    @cached_property
+    def bytes(self) -> dict[ByteClass, int]:
+        """All bytes by class; they sum to `file_bytes`."""
+        found: dict[ByteClass, int] = dict.fromkeys(BYTE_CLASSES, 0)
+        for kind, size in self.overhead.items():
+            found[kind] += size
+        for tensor in self.tensors:
+            if tensor.role in ("tied", "shadow"):
+                found["dead"] += tensor.nbytes
+                continue
+            for part in tensor.parts:
+                found[part.kind] += part.stored.nbytes
+        return found
+
+    @cached_property
+    def schemes(self) -> dict[str, SchemeTotal]:
+        """What each scheme holds of the parameters, by scheme."""
+        groups: dict[str, list[LogicalTensor]] = {}
+        for tensor in self.parameters:
+            groups.setdefault(tensor.scheme, []).append(tensor)
+        return {
+            name: SchemeTotal(len(group), sum(t.params for t in group), sum(t.nbytes for t in group))
+            for name, group in sorted(groups.items())
+        }
+
+    def tensor(self, name: str) -> LogicalTensor:
+        """Return the logical tensor of that name, aliases of tied weights included."""
+        name = self.aliases.get(name, name)
+        for tensor in self.tensors:
+            if name in (tensor.name, tensor.stored.name):
+                return tensor
+        raise KeyError(name)
+
+
+def inspect(subject: Subject) -> Artifact:
+    """Return the artifact at a path, or of a live model, as logical tensors.
+
+    Reads headers and the few small tensors that decide a shape, never the weights: no torch for a path.
+    Raises `FormatError` for what cannot be read exactly, and `TypeError` for what is neither a path nor a module.
+    """
+    if isinstance(subject, Artifact):
+        return subject
+    if isinstance(subject, (str, os.PathLike)):
+        return _artifact(containers.open_path(subject))
+    return _artifact(live_module.open_module(subject, schemes.exposers()))
+
+
+def count_params(subject: Subject, trainable: bool | None = None) -> int:
+    """Return the exact number of logical parameters: the drop-in for `sum(p.numel() for p in model.parameters())`.
+
+    `trainable=True` counts what an optimizer would see, `False` the rest; both need a live model, and a path with
+    either is a `ValueError`.
+    """
+    artifact = inspect(subject)
+    if trainable is None:
+        return artifact.logical_params
+    if artifact.trainable_params is None:
+        raise ValueError(f"`{artifact.source}` is a file: what is trainable is known for live models only")
+    return artifact.trainable_params if trainable else artifact.logical_params - artifact.trainable_params
+
+
+def logical_numel(parameter: Any) -> int:
+    """Return the number of logical values of one parameter: the drop-in for `p.numel()`.
+
+    Raises `UnknownEncoding` for a packed tensor that does not carry its own shape: count the whole model instead.
+    """
+    # As much of a module as the walk looks at.
+    holder: Any = SimpleNamespace(_parameters={"weight": parameter}, _buffers={}, _modules={}, named_modules=None)
+    return inspect(holder).logical_params
+
+
+def _artifact(container: Container) -> Artifact:
+    try:
+        tensors = schemes.logical_tensors(container)
+    except FormatError as error:
+        raise error.at(file=container.source) from None
+    tensors, findings = _mark_tied_head(tensors, container)
+    return Artifact(
+        container.source,
+        container.kind,
+        tuple(tensors),
+        container.file_bytes,
+        container.overhead,
+        container.aliases,
+        container.configs,
+        (*container.findings, *findings),
+    )
+
+
+def _mark_tied_head(tensors: list[LogicalTensor], container: Container) -> tuple[list[LogicalTensor], list[Finding]]:
+    """A file may hold an output head that the model ties to its embedding: it counts once, its copy is dead weight."""
+    config = container.configs.get("config.json", {})
+    if container.kind == "live" or config.get("tie_word_embeddings") is not True:
+        return tensors, []
+    head = next((tensor for tensor in tensors if tensor.name.endswith(HEADS)), None)
+    embedding = next((tensor for tensor in tensors if tensor.name.endswith(EMBEDDINGS)), None)
+    if head is None or embedding is None or head.shape != embedding.shape:
+        return tensors, []
+    if not _same_sample(head, embedding):
+        what = f"differs from `{embedding.name}`, but config.json says tie_word_embeddings: a loader drops one of them"
+        return tensors, [Finding("tied-weights", "warning", head.name, what)]
+    what = f"repeats `{embedding.name}`, to which config.json ties it: {head.nbytes:,} bytes could be saved"
+    tied = [tensor._replace(role="tied") if tensor is head else tensor for tensor in tensors]
+    return tied, [Finding("duplicate-tensor", "warning", head.name, what)]
+
+
+def _same_sample(one: LogicalTensor, other: LogicalTensor) -> bool:
+    """Whether two stored tensors agree in dtype, size and their first and last bytes."""
+    first, second = one.stored, other.stored
+    if (first.dtype, first.nbytes) != (second.dtype, second.nbytes):
+        return False
+    return all(
+        first.source.read(first.offset + start, first.offset + stop)
+        == second.source.read(second.offset + start, second.offset + stop)
+        for start, stop in ((0, min(SAMPLE, first.nbytes)), (max(0, first.nbytes - SAMPLE), first.nbytes))
+    )
+
+
+def _bits(tensors: list[LogicalTensor]) -> float | None:
+    params = sum(tensor.params for tensor in tensors)
+    return 8 * sum(tensor.nbytes for tensor in tensors) / params if params else None

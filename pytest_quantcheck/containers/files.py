@@ -1,0 +1,165 @@
+"""Files of a checkpoint: opened beneath their folder, read with pread, never mapped.
+
+A mapped file that shrinks kills the process; a link out of the folder reads what the checkpoint has no business with.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_quantcheck import strict_json
+from pytest_quantcheck.dtypes import BITS, DTYPES
+from pytest_quantcheck.errors import FormatError, NotDecodable
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_quantcheck.tensor import StoredTensor
+
+JSON_LIMIT = 64 << 20
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that was opened."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+class File(NamedTuple):
+    """One regular file of a checkpoint: a `Source` that opens it anew for each read.
+
+    Nothing stays open between reads, so ten thousand shards need one descriptor, and a file can be sent to
+    another process.
+    """
+
+    path: str
+    stamp: Stamp
+
+    @property
+    def size(self) -> int:
+        """The size in bytes when it was opened first."""
+        return self.stamp.size
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Return bytes `start` up to `stop`; a file that changed since it was opened is a `FormatError`."""
+        buffer = bytearray(stop - start)
+        descriptor = _open(self.path)
+        try:
+            self._check(descriptor)
+            view = memoryview(buffer)
+            while view:
+                count = os.preadv(descriptor, [view], start)
+                if not count:
+                    raise FormatError("changed while being read", file=self.path)
+                start += count
+                view = view[count:]
+            self._check(descriptor)
+        finally:
+            os.close(descriptor)
+        return buffer
+
+    def _check(self, descriptor: int) -> None:
+        if _stamp(os.fstat(descriptor)) != self.stamp:
+            raise FormatError("changed while being read", file=self.path)
+
+    def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+        """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
+        import torch
+
+        attribute = DTYPES[stored.dtype].torch
+        dtype = getattr(torch, attribute, None) if attribute else None
+        if dtype is None:
+            raise NotDecodable(f"torch {torch.__version__} has no dtype for {stored.dtype}", tensor=stored.name)
+        if stop <= start:
+            return torch.empty(0, dtype=dtype, device=device)
+        width = BITS[stored.dtype] // 8
+        raw = self.read(stored.offset + start * width, stored.offset + stop * width)
+        return torch.frombuffer(raw, dtype=dtype).to(device)
+
+
+def open_file(path: str | os.PathLike[str]) -> File:
+    """Return the file that the user named, links followed; anything but a regular file is refused."""
+    return _opened(os.path.realpath(path), shown=os.fspath(path))
+
+
+def open_beneath(folder: str, name: str) -> File:
+    """Return a file of a checkpoint folder, as named by its index or listing.
+
+    Refused: absolute names, `..`, NUL, and links that leave the folder; the one exception is a hub cache, where
+    `snapshots/<revision>/<file>` links to `blobs/<hash>` of the same repository.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+        raise FormatError(f"names the file `{name}` (only files beneath the folder are read)", file=folder)
+    shown = os.path.join(folder, name)
+    root, real = os.path.realpath(folder), os.path.realpath(shown)
+    for allowed in (root, _hub_blobs(root)):
+        if allowed and os.path.commonpath([allowed, real]) == allowed:
+            return _opened(real, shown=shown)
+    raise FormatError(f"links to `{real}`, outside its folder (only files beneath the folder are read)", file=shown)
+
+
+def read_json(folder: str, name: str) -> dict[str, object] | None:
+    """Return a JSON object of the folder, or None where there is no such file."""
+    if not os.path.lexists(os.path.join(folder, name)):
+        return None
+    file = open_beneath(folder, name)
+    if file.size > JSON_LIMIT:
+        raise FormatError(f"JSON of {file.size:,} bytes (limit {JSON_LIMIT:,})", file=file.path)
+    try:
+        return strict_json.parse_object(file.read(0, file.size), limit=JSON_LIMIT)
+    except FormatError as error:
+        raise error.at(file=os.path.join(folder, name)) from None
+
+
+def listing(folder: str) -> dict[str, int]:
+    """Return the regular files directly in a folder and their sizes, links followed, by name."""
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                continue  # a dangling link has no bytes
+            if stat.S_ISREG(status.st_mode):
+                found[entry.name] = status.st_size
+    return dict(sorted(found.items()))
+
+
+def _hub_blobs(root: str) -> str | None:
+    """The `blobs` folder of the hub cache that `root` is a snapshot of."""
+    snapshot = Path(root)
+    if snapshot.parent.name != "snapshots" or not snapshot.parent.parent.name.startswith(("models--", "datasets--")):
+        return None
+    return str(snapshot.parent.parent / "blobs")
+
+
+def _opened(real: str, *, shown: str) -> File:
+    try:
+        descriptor = _open(real)
+    except FileNotFoundError:
+        raise FormatError("no such file", file=shown) from None
+    except OSError as error:
+        raise FormatError(f"cannot be opened: {error.strerror}", file=shown) from None
+    try:
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError("not a regular file", file=shown)
+    return File(real, _stamp(status))
+
+
+def _open(path: str) -> int:
+    # The path is resolved: a link here was put in its place since. A FIFO must not make us wait.
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

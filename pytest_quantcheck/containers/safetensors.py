@@ -1,0 +1,313 @@
+"""safetensors: one file, or a folder of shards with an index.
+
+    8 bytes    header length, little-endian u64, at most 100,000,000
+    header     JSON object, may be padded with spaces: {name: {"dtype", "shape", "data_offsets": [start, stop]},
+               "__metadata__": {str: str}}
+    data       every byte belongs to exactly one tensor: no hole, no overlap, nothing behind
+
+Source: safetensors 0.8, safetensors/src/tensor.rs. Stricter in one thing: duplicate tensor names are refused, because
+readers differ on which one wins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+from pytest_quantcheck import strict_json
+from pytest_quantcheck.containers import files
+from pytest_quantcheck.dtypes import BITS
+from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.tensor import ByteClass, Container, StoredTensor
+
+HEADER_LIMIT = 100_000_000
+MAX_COUNT = 2**63 - 1
+
+# JSON files beside the weights that say how they are encoded.
+CONFIGS = (
+    "config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quanto_qmap.json",
+    "quantization_map.json",
+)
+SHARD = re.compile(r"-\d{5,}-of-(\d{5,})\.safetensors$")
+
+Read = Callable[[int, int], bytes | bytearray]
+
+
+class Header(NamedTuple):
+    """What a safetensors header says: tensors as (dtype, shape, start, stop), offsets counted from `data_start`."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def accepts(path: str) -> bool:
+    """Whether this container reads the path."""
+    if os.path.isdir(path):
+        return any(".safetensors" in name for name in os.listdir(path))
+    return path.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def open_container(path: str) -> Container:
+    """Return the tensors of a `.safetensors` file, of an index, or of a folder that holds either."""
+    if os.path.isdir(path):
+        return _open_folder(path)
+    if path.endswith(".index.json"):
+        return _open_folder(os.path.dirname(path) or ".", index=os.path.basename(path))
+    file = files.open_file(path)
+    tensors, overhead = _tensors_of(file, shown=path)
+    return Container("safetensors", path, tensors, file.size, {"metadata": overhead})
+
+
+def read_header(read: Read, size: int) -> Header:
+    """Return the header of a file of `size` bytes, given a function that reads a byte range of it.
+
+    Two ranges are read, whatever the size, so a remote file can be listed without its data.
+    Raises `FormatError` for everything two parsers could read differently.
+    """
+    if size < 8:
+        raise FormatError(f"{size} bytes is too short for a safetensors file (8 bytes of header length)")
+    (length,) = struct.unpack("<Q", read(0, 8))
+    if length > HEADER_LIMIT:
+        raise FormatError(f"header claims {length:,} bytes (limit {HEADER_LIMIT:,})")
+    if 8 + length > size:
+        raise FormatError(f"header claims {length:,} bytes, the file has {size - 8:,} after the length: truncated")
+    raw = read(8, 8 + length)
+    if raw[:1] != b"{":
+        raise FormatError("header does not start with `{`")
+    pairs = strict_json.parse(raw, _entry, limit=HEADER_LIMIT)
+    tensors, metadata = _split(pairs)
+    _check_coverage(tensors, size - 8 - length)
+    return Header(tensors, metadata, 8 + length)
+
+
+class _Entry(NamedTuple):
+    dtype: str
+    shape: list[int]
+    offsets: list[int]
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+def _entry(pairs: list[tuple[str, Any]]) -> Any:
+    """Make one JSON object of the header: a tensor entry where it looks like one, else the bare pairs.
+
+    The usual order of the three fields is tried first: a header can have 100,000 of them.
+    """
+    if len(pairs) == 3:
+        (first, dtype), (second, shape), (third, offsets) = pairs
+        if first == "dtype" and second == "shape" and third == "data_offsets":
+            return _Entry(dtype, shape, offsets)
+        fields = dict(pairs)
+        if fields.keys() == _FIELDS:
+            return _Entry(fields["dtype"], fields["shape"], fields["data_offsets"])
+    return pairs
+
+
+def _split(pairs: object) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], Mapping[str, str]]:
+    if not isinstance(pairs, list):
+        raise FormatError("header is not an object of tensors")
+    metadata: Mapping[str, str] = {}
+    tensors = {}
+    for name, entry in pairs:
+        if name == "__metadata__":
+            metadata = _metadata(entry)
+        elif isinstance(entry, _Entry):
+            tensors[name] = _checked(name, entry)
+        else:
+            raise FormatError("entry has not exactly `dtype`, `shape` and `data_offsets`", tensor=name)
+    if len(tensors) + ("__metadata__" in dict(pairs)) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in dict(pairs) if names.count(name) > 1)
+        raise FormatError("appears twice in the header (readers differ on which one wins)", tensor=twice)
+    return tensors, metadata
+
+
+def _metadata(entry: object) -> Mapping[str, str]:
+    pairs = list(zip(_Entry._fields, entry, strict=True)) if isinstance(entry, _Entry) else entry
+    if not isinstance(pairs, list) or not all(isinstance(value, str) for _, value in pairs):
+        raise FormatError("`__metadata__` is not an object of strings")
+    return strict_json.unique(pairs)
+
+
+def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
+    dtype, shape, offsets = entry
+    bits = BITS.get(dtype) if type(dtype) is str else None
+    if bits is None:
+        raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
+    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise FormatError("`shape` and `data_offsets` are not lists of sizes and of two offsets", tensor=name)
+    for number in (*shape, *offsets):
+        # bool is an int to Python and 1.0 equals 1: only a real, non-negative integer is a size.
+        if type(number) is not int or not 0 <= number <= MAX_COUNT:
+            raise FormatError(f"`{number}` is not a size (0 to 2^63-1)", tensor=name)
+    start, stop = offsets
+    total_bits = prod(shape) * bits
+    if total_bits % 8:
+        raise FormatError(f"{dtype} {shape} does not fill whole bytes", tensor=name)
+    if stop - start != total_bits // 8:
+        raise FormatError(
+            f"{dtype} {shape} needs {total_bits // 8:,} bytes, its range has {stop - start:,}", tensor=name
+        )
+    return dtype, tuple(shape), start, stop
+
+
+def _check_coverage(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], data_size: int) -> None:
+    """Every byte of the data belongs to exactly one tensor."""
+    at = 0
+    for start, stop, name in sorted((start, stop, name) for name, (_, _, start, stop) in tensors.items()):
+        if start != at:
+            fault = (
+                "overlaps the tensor before it" if start < at else f"leaves a hole of {start - at:,} bytes before it"
+            )
+            raise FormatError(f"starts at byte {start:,} and {fault} (no holes, no overlaps)", tensor=name)
+        at = stop
+    if at > data_size:
+        raise FormatError(f"tensors need {at:,} bytes of data, the file has {data_size:,}: truncated")
+    if at < data_size:
+        raise FormatError(f"{data_size - at:,} bytes follow the last tensor (nothing may)")
+
+
+def _tensors_of(file: files.File, *, shown: str) -> tuple[dict[str, StoredTensor], int]:
+    """The stored tensors of one file, and its bytes that belong to no tensor."""
+    try:
+        header = read_header(file.read, file.size)
+    except FormatError as error:
+        raise error.at(file=shown) from None
+    base = header.data_start
+    tensors = {
+        name: StoredTensor(name, dtype, shape, stop - start, file, base + start)
+        for name, (dtype, shape, start, stop) in header.tensors.items()
+    }
+    return tensors, base
+
+
+def _open_folder(folder: str, *, index: str | None = None) -> Container:
+    present = files.listing(folder)
+    named = index is not None
+    index = index or _find_index(folder, present)
+    weight_map, total_size = _read_index(folder, index) if index else (None, None)
+    shards = sorted(set(weight_map.values())) if weight_map is not None else _find_weights(folder, present)
+    if not named and "model.safetensors" in present.keys() - shards:
+        raise FormatError(f"holds both `model.safetensors` and `{index}` (readers differ): name one", file=folder)
+    tensors: dict[str, StoredTensor] = {}
+    headers = 0
+    for shard in shards:
+        found, overhead = _tensors_of(files.open_beneath(folder, shard), shown=os.path.join(folder, shard))
+        _check_shard(shard, found, tensors, weight_map, folder)
+        tensors |= found
+        headers += overhead
+    _check_complete(weight_map, tensors, folder)
+    findings = [*_stale_total(total_size, tensors, index), *_orphans(present, shards)]
+    beside = {name: size for name, size in present.items() if name not in shards}
+    dead = sum(size for name, size in beside.items() if name.endswith(".safetensors"))
+    overhead_bytes: dict[ByteClass, int] = {"metadata": headers + sum(beside.values()) - dead, "dead": dead}
+    return Container(
+        "safetensors",
+        folder,
+        tensors,
+        file_bytes=sum(stored.nbytes for stored in tensors.values()) + sum(overhead_bytes.values()),
+        overhead=overhead_bytes,
+        configs={name: config for name in CONFIGS if (config := files.read_json(folder, name)) is not None},
+        findings=tuple(findings),
+    )
+
+
+def _find_index(folder: str, present: Mapping[str, int]) -> str | None:
+    found = [name for name in present if name.endswith(".safetensors.index.json")]
+    if "model.safetensors.index.json" in found:
+        return "model.safetensors.index.json"
+    if len(found) > 1:
+        raise FormatError(f"holds {len(found)} indexes ({', '.join(found)}): name one", file=folder)
+    return found[0] if found else None
+
+
+def _find_weights(folder: str, present: Mapping[str, int]) -> list[str]:
+    """The weight files of a folder without an index."""
+    found = [name for name in present if name.endswith(".safetensors")]
+    if not found:
+        raise FormatError("holds no weights (looked for *.safetensors)", file=folder)
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    if len(found) == 1:
+        if SHARD.search(found[0]):
+            raise FormatError(f"holds the shard `{found[0]}`, but no index and no other shard", file=folder)
+        return found
+    counts = {match.group(1) for name in found if (match := SHARD.search(name))}
+    if len(counts) == 1 and int(counts.pop()) == len(found):
+        return found
+    raise FormatError(
+        f"holds {len(found)} safetensors files and no index ({', '.join(found[:3])} ...): name one", file=folder
+    )
+
+
+def _read_index(folder: str, index: str) -> tuple[dict[str, str], object]:
+    shown = os.path.join(folder, index)
+    content = files.read_json(folder, index)
+    if content is None:
+        raise FormatError("no such file", file=shown)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("`weight_map` is not an object of tensor names", file=shown)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise FormatError(f"names `{shard}`, which is not a safetensors file", file=shown, tensor=name)
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, total
+
+
+def _check_shard(
+    shard: str,
+    found: Mapping[str, StoredTensor],
+    seen: Mapping[str, StoredTensor],
+    weight_map: Mapping[str, str] | None,
+    folder: str,
+) -> None:
+    shown = os.path.join(folder, shard)
+    if not found.keys().isdisjoint(seen):
+        twice = next(name for name in found if name in seen)
+        raise FormatError("is also in another shard (readers differ on which one wins)", file=shown, tensor=twice)
+    if weight_map is None:
+        return
+    for name in found:
+        if weight_map.get(name) != shard:
+            there = f"`{weight_map[name]}`" if name in weight_map else "nowhere"
+            raise FormatError(f"is in this shard, but the index puts it {there}", file=shown, tensor=name)
+
+
+def _check_complete(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], folder: str) -> None:
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors:
+            raise FormatError("is in the index, but not in its shard", file=os.path.join(folder, shard), tensor=name)
+
+
+def _stale_total(total: object, tensors: Mapping[str, StoredTensor], index: str | None) -> list[Finding]:
+    actual = sum(stored.nbytes for stored in tensors.values())
+    if total is None or total == actual:
+        return []
+    message = f"{index}: `total_size` says {total}, the tensors have {actual:,} bytes"
+    return [Finding("index-total-size", "warning", None, message)]
+
+
+def _orphans(present: Mapping[str, int], shards: list[str]) -> list[Finding]:
+    return [
+        Finding(
+            "orphan-file",
+            "warning",
+            None,
+            f"`{name}` ({size:,} bytes) is no part of this checkpoint: stale or duplicate",
+        )
+        for name, size in present.items()
+        if name.endswith(".safetensors") and name not in shards
+    ]

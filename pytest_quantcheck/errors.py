@@ -1,0 +1,67 @@
+"""The two ways a check can be unable to answer, told apart by whose fault it is.
+
+A bad file is a `FormatError`. A bad call is a plain `ValueError` or `TypeError`.
+"""
+
+from __future__ import annotations
+
+
+class FormatError(ValueError):
+    """A container or an encoding that cannot be read exactly, so nothing is guessed about it.
+
+    The message is one line: `FILE: [TENSOR:] WHAT (LIMIT OR RULE)`.
+    """
+
+    def __init__(self, what: str, *, file: str | None = None, tensor: str | None = None) -> None:
+        self.what = what
+        self.file = file
+        self.tensor = tensor
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        where = [part for part in (self.file, self.tensor) if part]
+        return printable(": ".join([*where, self.what]))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.file, self.tensor))
+
+    def at(self, *, file: str | None = None, tensor: str | None = None) -> FormatError:
+        """Return the same error with the places it did not know yet."""
+        return type(self)(self.what, file=self.file or file, tensor=self.tensor or tensor)
+
+
+class UnknownEncoding(FormatError):
+    """A stored tensor that no scheme claims and that cannot be read as plain numbers."""
+
+
+class NotDecodable(FormatError):
+    """A tensor that is counted and weighed exactly, but whose values cannot be reached here."""
+
+
+def _rebuild(kind: type[FormatError], what: str, file: str | None, tensor: str | None) -> FormatError:
+    return kind(what, file=file, tensor=tensor)
+
+
+# Text from a checkpoint may hold anything: terminal escapes, line breaks, text that turns around.
+_UNPRINTABLE = {
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    *range(0x200B, 0x2010),
+    *range(0x2028, 0x202F),
+    *range(0x2060, 0x2070),
+    0x061C,
+    0xFEFF,
+}
+
+
+def printable(text: str) -> str:
+    r"""Return `text` on one line with control, bidirectional and lone surrogate characters escaped.
+
+    >>> print(printable("a\x1b[31mb\nc"))
+    a\x1b[31mb\nc
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        repr(char)[1:-1] if ord(char) in _UNPRINTABLE or 0xD800 <= ord(char) < 0xE000 else char for char in text
+    )

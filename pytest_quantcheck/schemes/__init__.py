@@ -1,0 +1,89 @@
+"""The schemes, in the order they are asked, and the one way from stored to logical tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pytest_quantcheck.errors import FormatError, UnknownEncoding
+from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config
+from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
+from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
+
+# The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
+SCHEMES: tuple[Scheme, ...] = (
+    bnb_4bit.SCHEME,
+    bnb_8bit.SCHEME,
+    plain.SCHEME,
+)
+
+
+def exposers() -> Mapping[str, Expose]:
+    """Return how live objects are shown as stored tensors, by `package.Class`."""
+    return {name: expose for scheme in SCHEMES for name, expose in scheme.live.items()}
+
+
+def logical_tensors(container: Container) -> list[LogicalTensor]:
+    """Return what the unquantized model has, in the order of the container, every stored tensor used exactly once.
+
+    Raises `UnknownEncoding` for a tensor or a `quant_method` that no scheme knows, `FormatError` for a broken group.
+    """
+    namespace = Namespace(
+        container.tensors, quantization_config.find(container.configs), container.configs.get("config.json", {})
+    )
+    configured = _configured(namespace)
+    found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
+    by_ending = _by_ending(container.tensors)
+    for scheme in SCHEMES:
+        for anchor in _anchors(scheme, by_ending):
+            if anchor.name not in found:
+                _take(scheme.claim(anchor, namespace), found)
+    for name, stored in container.tensors.items():
+        if name not in found:
+            _refuse(stored, configured, namespace)
+            found[name] = plain.claim(stored, namespace)
+    return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
+
+
+def _by_ending(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
+    """The stored tensors by the last component of their names: there are few, however many tensors."""
+    found: dict[str, list[StoredTensor]] = {}
+    for name, stored in tensors.items():
+        found.setdefault(name[name.rfind(".") + 1 :], []).append(stored)
+    return found
+
+
+def _anchors(scheme: Scheme, by_ending: Mapping[str, list[StoredTensor]]) -> Iterable[StoredTensor]:
+    for ending, group in by_ending.items():
+        if scheme.anchors and ending.endswith(scheme.anchors):
+            yield from group
+
+
+def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor]) -> None:
+    if tensor is None:
+        return
+    if tensor.stored.role in ("adapter", "shadow"):
+        tensor = tensor._replace(role=tensor.stored.role)
+    for part in tensor.parts:
+        if part.stored.name in found:
+            other = found[part.stored.name].name
+            raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
+        found[part.stored.name] = tensor
+
+
+def _configured(namespace: Namespace) -> tuple[Scheme, ...]:
+    """The schemes that the checkpoint's `quant_method` announces."""
+    method = namespace.quantization.get("quant_method")
+    if method is None:
+        return ()
+    announced = tuple(scheme for scheme in SCHEMES if method in scheme.methods)
+    if not announced:
+        known = ", ".join(sorted({name for scheme in SCHEMES for name in scheme.methods}))
+        raise UnknownEncoding(f"quant_method `{method}` is not one we know ({known})")
+    return announced
+
+
+def _refuse(stored: StoredTensor, configured: tuple[Scheme, ...], namespace: Namespace) -> None:
+    for scheme in configured:
+        reason = scheme.refuse(stored, namespace) if scheme.refuse else None
+        if reason:
+            raise UnknownEncoding(reason, tensor=stored.name)

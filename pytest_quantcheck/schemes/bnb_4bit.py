@@ -1,0 +1,357 @@
+"""bitsandbytes 4-bit: NF4 and FP4 codes in blocks with one absolute maximum each, optionally quantized once more.
+
+    part                                  dtype            stored shape                     packing
+    weight                                quant_storage    [ceil(numel/2) / itemsize, 1]    flat, high nibble first
+    weight.absmax                         F32 (U8: nested) [ceil(numel/blocksize)]          over the flat tensor
+    weight.quant_map                      F32              [16]                             value of each code
+    weight.nested_absmax                  F32              [ceil(blocks/256)]
+    weight.nested_quant_map               F32              [256]
+    weight.quant_state.bitsandbytes__nf4  U8               JSON: quant_type, blocksize, dtype, shape, nested_*
+
+Formula: w[i] = quant_map[code[i]] * absmax[i // blocksize], in float32, i over the row-major flat tensor: blocks run on
+across rows. Nested: absmax[k] = nested_quant_map[byte[k]] * nested_absmax[k // nested_blocksize] + nested_offset.
+Source: bitsandbytes 0.50.2, functional.py (`QuantState`), backends/default/ops.py, nn/modules.py, nn/parametrize.py.
+
+Departs from the library where the library is wrong: its AVX-512 decode starts blocks anew on every row when in_features
+is a multiple of 16 but not of the block size (csrc/cpu_ops.cpp `dequantizeBlockwise4bitCpu`).
+
+On CPUs with AVX512-BF16 the first forward repacks the live weight in place (`packing_format_for_cpu`): rows in groups
+of 32, per group a byte column holds 64 nibbles of 32 rows as two planes; absmax becomes bf16 `[K / blocksize, N]`.
+
+Not stored with the weight: a `Params4bit` before its first move to a device is still plain numbers, and one that lost
+its quant_state (FSDP, `.data` copies) is counted from its module and not decodable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_quantcheck import strict_json
+from pytest_quantcheck.dtypes import BITS, DTYPES
+from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = "quant_state.bitsandbytes__"
+STATE_LIMIT = 64 << 10
+LOST, PENDING = "lost", "pending"  # live only, see `expose`
+
+PARTS: dict[str, ByteClass] = {
+    "absmax": "scales",
+    "quant_map": "codebooks",
+    "nested_absmax": "scales",
+    "nested_quant_map": "codebooks",
+}
+
+# Worst of Gaussian, Student-t and outlier weights, less 1 dB, by the largest block size it holds for.
+FLOORS_DB = {
+    "nf4": ((64, 18.5), (128, 17.4), (256, 15.8), (4096, 7.9)),
+    "fp4": ((64, 15.0), (128, 13.9), (256, 12.3), (4096, 5.0)),
+}
+
+# transformers stores these models' Conv1D weights as [in, out] and bitsandbytes as [out, in].
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+class Layout(NamedTuple):
+    """What the quantization state says beside its tensors."""
+
+    quant_type: str
+    blocksize: int
+    nested_blocksize: int
+    nested_offset: float
+    packed_for_cpu: bool
+
+
+def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
+    """Return the weight that a part of its quantization state belongs to."""
+    name = _weight_name(anchor.name)
+    weight = namespace.tensors.get(name)
+    if weight is None:
+        raise FormatError(f"has no weight `{name}` beside it", tensor=anchor.name)
+    states = [
+        stored
+        for kind in ("nf4", "fp4", LOST, PENDING)
+        if (stored := namespace.tensors.get(f"{name}.{STATE}{kind}")) is not None
+    ]
+    if len(states) != 1:
+        what = (
+            "two quantization states"
+            if states
+            else f"no `{name}.{STATE}nf4` or `fp4`: its quantization state is missing"
+        )
+        raise FormatError(f"has {what}", tensor=name)
+    state = _read_state(states[0])
+    if states[0].name.endswith(PENDING):
+        return _pending(weight, states[0])
+    parts = [Part("weight", "codes", weight)]
+    for part, kind in PARTS.items():
+        stored = namespace.tensors.get(f"{name}.{part}")
+        if stored is not None:
+            parts.append(Part(part, kind, stored))
+    parts.append(Part("quant_state", "bookkeeping", states[0]))
+    shape = _shape(state, states[0])
+    quant_type = state.get("quant_type")
+    if states[0].name.endswith(LOST):
+        _check_codes(weight, prod(shape))
+        return LogicalTensor(name, shape, f"bnb-{quant_type or '4bit'}", "parameter", tuple(parts), _decode_lost)
+    layout = _layout(state, states[0])
+    tensor = LogicalTensor(
+        name,
+        shape,
+        f"bnb-{layout.quant_type}",
+        "parameter",
+        tuple(parts),
+        decode,
+        layout,
+        block=layout.blocksize,
+        transposed=_is_conv1d(name, state, namespace),
+        floor_db=_floor_db(layout),
+    )
+    _check(tensor, layout)
+    return tensor
+
+
+def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
+    """Say why a column of a 4-bit checkpoint cannot be plain numbers: packed weights look like one."""
+    storage = str(namespace.quantization.get("bnb_4bit_quant_storage", "uint8"))
+    if not namespace.quantization.get("load_in_4bit") or DTYPES[stored.dtype].torch != storage:
+        return None
+    if not stored.name.endswith(".weight") or len(stored.shape) != 2 or stored.shape[1] != 1 or stored.shape[0] == 1:
+        return None
+    return f"{stored.dtype} {list(stored.shape)} is packed 4-bit, but has no `{stored.name}.{STATE}nf4` or `fp4`"
+
+
+def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return rows `start` up to `stop` as float32."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if layout.packed_for_cpu:
+        return _decode_packed_for_cpu(tensor, layout, start, stop, device)
+    first, last = start * tensor.columns, stop * tensor.columns
+    if last <= first:
+        return _table(tensor, device).new_empty((stop - start, tensor.columns))
+    lead = first % layout.blocksize  # the window opens inside a block: decode from the start of that block
+    codes = tensor.stored.load_bytes((first - lead) // 2, -(-last // 2), device)
+    pairs = packing.nibble_pairs(_table(tensor, device), high_first=True)
+    values = packing.look_up(codes, pairs).view(-1)[: last - first + lead]
+    blocks = slice((first - lead) // layout.blocksize, -(-last // layout.blocksize))
+    _scale_blocks(values, _absmax(tensor, layout, blocks, device), layout.blocksize)
+    return values[lead:].view(stop - start, tensor.columns)
+
+
+def _scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
+    whole = len(values) // blocksize
+    values[: whole * blocksize].view(whole, blocksize).mul_(absmax[:whole].view(-1, 1))
+    if whole < len(absmax):
+        values[whole * blocksize :].mul_(absmax[whole])
+
+
+def _absmax(tensor: LogicalTensor, layout: Layout, blocks: slice, device: str) -> torch.Tensor:
+    """The absolute maximum of each block, as float32, nested statistics undone."""
+    import torch
+
+    absmax = tensor.part("absmax").load(blocks.start, blocks.stop, device)
+    if not tensor.has("nested_absmax"):
+        return absmax.to(torch.float32)
+    table = tensor.part("nested_quant_map").load(device=device).to(torch.float32)
+    values = packing.look_up(absmax, table.view(-1, 1)).view(-1)
+    outer = torch.arange(blocks.start, blocks.stop, device=device) // layout.nested_blocksize
+    first = blocks.start // layout.nested_blocksize
+    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // layout.nested_blocksize), device)
+    return values.mul_(nested.to(torch.float32)[outer - first]).add_(layout.nested_offset)
+
+
+def _decode_packed_for_cpu(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
+    import torch
+
+    rows, columns = tensor.shape
+    low, high = start // 32 * 32, min(-(-stop // 32) * 32, rows)
+    codes = tensor.stored.load_bytes(low * columns // 2, high * columns // 2, device)
+    planes = codes.view(-1, 32)
+    nibbles = torch.cat((planes & 15, planes >> 4), dim=1)  # (groups * columns / 2, 64)
+    nibbles = nibbles.view(-1, columns // 2, 32, 2).transpose(1, 2).reshape(high - low, columns)
+    values = packing.look_up(nibbles.view(-1), _table(tensor, device).view(-1, 1)).view(high - low, columns)
+    absmax = tensor.part("absmax").load(device=device).to(torch.float32).view(columns // layout.blocksize, rows)
+    values.view(high - low, -1, layout.blocksize).mul_(absmax.t()[low:high].unsqueeze(-1))
+    return values[start - low : stop - low]
+
+
+def _table(tensor: LogicalTensor, device: str) -> torch.Tensor:
+    import torch
+
+    return tensor.part("quant_map").load(device=device).to(torch.float32)
+
+
+def _decode_lost(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    raise NotDecodable(
+        "its parameter lost its quant_state and its module has none: the scales are gone", tensor=tensor.name
+    )
+
+
+def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
+    """Show a 4-bit module or parameter as it would be saved, its quantization state found wherever it still is."""
+    if name:
+        return _show(name, owner, getattr(owner, "quant_state", None))
+    weight = owner._parameters.get("weight")
+    if weight is None:
+        return None
+    state = getattr(weight, "quant_state", None) or getattr(owner, "quant_state", None)
+    sizes = [getattr(owner, attribute, None) for attribute in _SIZES]
+    features = tuple(size for size in sizes if size is not None)
+    conv1d = getattr(getattr(owner, "source_cls", None), "__name__", "") == "Conv1D"
+    return _show("weight", weight, state, features=features, conv1d=conv1d)
+
+
+_SIZES = ("out_features", "in_features", "num_embeddings", "embedding_dim")
+
+
+def expose_parametrization(owner: Any, name: str) -> Mapping[str, Any] | None:
+    """Show a parameter that `replace_parameter_4bit` quantized in place: fused experts, mostly."""
+    states = [module.quant_state for module in owner.children() if hasattr(module, "quant_state")]
+    return _show("original", owner._parameters["original"], states[0]) if states else None
+
+
+def _show(
+    name: str, weight: Any, state: Any, *, features: tuple[int, ...] = (), conv1d: bool = False
+) -> dict[str, Any] | None:
+    if state is None:
+        return _show_without_state(name, weight, features)
+    shown = {name: weight, f"{name}.absmax": state.absmax, f"{name}.quant_map": state.code}
+    record = {
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "shape": list(state.shape),
+        "conv1d": conv1d,
+        "packed_for_cpu": getattr(state, "packing_format_for_cpu", False),
+    }
+    if state.nested:
+        shown |= {f"{name}.nested_absmax": state.state2.absmax, f"{name}.nested_quant_map": state.state2.code}
+        record["nested_blocksize"] = state.state2.blocksize
+        record["nested_offset"] = None if state.offset.is_meta else state.offset.item()
+    return shown | {f"{name}.{STATE}{state.quant_type}": json.dumps(record).encode()}
+
+
+def _show_without_state(name: str, weight: Any, features: tuple[int, ...]) -> dict[str, Any] | None:
+    shape = tuple(weight.shape)
+    quantized = shape != features if features else getattr(weight, "bnb_quantized", False)
+    if quantized:
+        record = {"shape": features, "quant_type": getattr(weight, "quant_type", None)}
+        return {name: weight, f"{name}.{STATE}{LOST}": json.dumps(record).encode()}
+    if weight.dtype.is_floating_point:
+        return None  # not quantized yet: plain numbers
+    return {name: weight, f"{name}.{STATE}{PENDING}": b"{}"}  # on meta, already cast to quant_storage
+
+
+def _weight_name(part: str) -> str:
+    stem, _, last = part.rpartition(".")
+    return stem.removesuffix(".quant_state") if last.startswith("bitsandbytes__") else stem
+
+
+def _read_state(stored: StoredTensor) -> dict[str, Any]:
+    try:
+        return strict_json.parse_object(stored.read(limit=STATE_LIMIT), limit=STATE_LIMIT)
+    except FormatError as error:
+        raise error.at(tensor=stored.name) from None
+
+
+def _shape(state: Mapping[str, Any], stored: StoredTensor) -> tuple[int, ...]:
+    shape = state.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise FormatError(
+            f"quantization state has the shape `{shape}` (a list of sizes belongs there)", tensor=stored.name
+        )
+    return tuple(shape)
+
+
+def _layout(state: Mapping[str, Any], stored: StoredTensor) -> Layout:
+    announced, quant_type = stored.name.rpartition("__")[2], state.get("quant_type")
+    if quant_type != announced:
+        raise FormatError(f"says quant_type `{quant_type}`, is named `{announced}`", tensor=stored.name)
+    offset = state.get("nested_offset") or 0.0
+    if type(offset) not in (float, int):
+        raise FormatError(f"nested_offset `{offset}` is not a number", tensor=stored.name)
+    return Layout(
+        announced,
+        _even(state.get("blocksize"), stored),
+        _even(state.get("nested_blocksize", 256), stored),
+        offset,
+        state.get("packed_for_cpu") is True,
+    )
+
+
+def _even(blocksize: object, stored: StoredTensor) -> int:
+    if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize < 2 or blocksize % 2:
+        raise FormatError(f"blocksize `{blocksize}` is not a positive even integer", tensor=stored.name)
+    return blocksize
+
+
+def _check(tensor: LogicalTensor, layout: Layout) -> None:
+    """The sizes of all parts follow from the shape and the block sizes."""
+    _check_codes(tensor.stored, tensor.params)
+    blocks = -(-tensor.params // layout.blocksize)
+    nested = tensor.has("nested_absmax") or (tensor.has("absmax") and tensor.part("absmax").dtype == "U8")
+    wanted = {"absmax": blocks, "quant_map": 16}
+    if nested:
+        wanted |= {"nested_absmax": -(-blocks // layout.nested_blocksize), "nested_quant_map": 256}
+    for part, elements in wanted.items():
+        if not tensor.has(part):
+            raise FormatError(f"has no `{tensor.name}.{part}`", tensor=tensor.name)
+        stored = tensor.part(part)
+        if stored.elements != elements:
+            rule = f"{elements:,} for {list(tensor.shape)} in blocks of {layout.blocksize}"
+            raise FormatError(f"has {stored.elements:,} values ({rule})", tensor=stored.name)
+
+
+def _check_codes(weight: StoredTensor, params: int) -> None:
+    bits = BITS[weight.dtype]
+    wanted = -(-4 * params // bits) * bits // 8
+    if weight.nbytes != wanted:
+        rule = f"{wanted:,} for {params:,} values in {weight.dtype}"
+        raise FormatError(f"has {weight.nbytes:,} bytes of 4-bit codes ({rule})", tensor=weight.name)
+
+
+def _pending(weight: StoredTensor, state: StoredTensor) -> LogicalTensor:
+    """A meta tensor that will be loaded and quantized: counted by its shape, which is still the logical one."""
+    parts = (Part("weight", "unquantized", weight), Part("quant_state", "bookkeeping", state))
+    return LogicalTensor(weight.name, weight.shape, "plain", "parameter", parts, None)
+
+
+def _is_conv1d(name: str, state: Mapping[str, Any], namespace: Namespace) -> bool:
+    if state.get("conv1d"):
+        return True
+    components = name.split(".")
+    layer = components[-2] if len(components) > 1 else ""
+    return namespace.config.get("model_type") in CONV1D_MODELS and layer in CONV1D_LAYERS
+
+
+def _floor_db(layout: Layout) -> float | None:
+    floors = FLOORS_DB[layout.quant_type]
+    return next((floor for blocksize, floor in floors if layout.blocksize <= blocksize), None)
+
+
+SCHEME = Scheme(
+    name="bnb-4bit",
+    title="bitsandbytes 4-bit (NF4, FP4, double quantization)",
+    variants=("bnb-nf4", "bnb-fp4"),
+    claim=claim,
+    anchors=("absmax", "quant_map", *(f"bitsandbytes__{kind}" for kind in ("nf4", "fp4", LOST, PENDING))),
+    methods=("bitsandbytes", "bitsandbytes_4bit"),
+    live={
+        "bitsandbytes.Linear4bit": expose,
+        "bitsandbytes.Embedding4bit": expose,
+        "bitsandbytes.Params4bit": expose,
+        "torch.ParametrizationList": expose_parametrization,
+    },
+    refuse=refuse,
+    source="bitsandbytes 0.50.2, functional.py, nn/modules.py and nn/parametrize.py",
+    verified="bitsandbytes 0.50.2",
+)

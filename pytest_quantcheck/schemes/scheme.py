@@ -1,0 +1,51 @@
+"""What a scheme is: one way to write numbers, seen through stored tensors whatever container they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+
+
+class Namespace(NamedTuple):
+    """All stored tensors of an artifact, by name, and what its configuration says about quantization."""
+
+    tensors: Mapping[str, StoredTensor]
+    quantization: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+# Makes a logical tensor of the group that an anchor belongs to, or None where the anchor is somebody else's.
+# A group that is this scheme's but broken is a `FormatError` that names what is missing.
+Claim = Callable[[StoredTensor, Namespace], LogicalTensor | None]
+
+# Shows a live object (a module, or a parameter and its name) as the stored tensors it would be saved as, by name
+# within the module: torch tensors, or bytes for a record that is no tensor. None where there is nothing to show.
+Expose = Callable[[Any, str], Mapping[str, Any] | None]
+
+# Says why a stored tensor that nobody claimed cannot be plain, given that this scheme's method is configured.
+Refuse = Callable[[StoredTensor, Namespace], str | None]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One row of the table of schemes.
+
+    `anchors` are endings of the last component of a stored name: a tensor so named starts a claim.
+    `methods` are the `quant_method` values of a configuration that announce the scheme.
+    `live` maps `package.Class` to how an object of that class is shown; no library is imported for it.
+    """
+
+    name: str
+    title: str
+    variants: tuple[str, ...]
+    claim: Claim
+    anchors: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    live: Mapping[str, Expose] = field(default_factory=dict)
+    refuse: Refuse | None = None
+    source: str = ""
+    verified: str = ""
+    decoded: str = "CPU, CUDA"

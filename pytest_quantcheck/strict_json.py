@@ -1,0 +1,68 @@
+"""JSON from strangers, read so that no two parsers could disagree about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pytest_quantcheck.errors import FormatError
+
+MAX_DEPTH = 64
+
+
+def parse_object(raw: bytes | bytearray, *, limit: int) -> dict[str, Any]:
+    """Return the JSON object in `raw`.
+
+    Refused: over `limit` bytes, not UTF-8, nested over 64 deep, duplicate keys, NaN and infinities, trailing text.
+    """
+    value = parse(raw, unique, limit=limit)
+    if not isinstance(value, dict):
+        raise FormatError(f"JSON holds a {type(value).__name__} where an object belongs")
+    if _depth(value) > MAX_DEPTH:
+        raise FormatError(f"JSON nested deeper than {MAX_DEPTH}")
+    return value
+
+
+def parse(raw: bytes | bytearray, hook: Callable[[list[tuple[str, Any]]], Any], *, limit: int) -> Any:
+    """Return the JSON value in `raw`; `hook` makes each object from its pairs, duplicates included."""
+    if len(raw) > limit:
+        raise FormatError(f"JSON of {len(raw):,} bytes (limit {limit:,})")
+    try:
+        text = raw.decode("utf-8")
+        return json.loads(text, object_pairs_hook=hook, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"JSON is not UTF-8 at byte {error.start:,}") from None
+    except json.JSONDecodeError as error:
+        raise FormatError(f"not JSON: {error.msg} at character {error.pos:,}") from None
+    except RecursionError:
+        raise FormatError(f"JSON nested deeper than {MAX_DEPTH}") from None
+    except FormatError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits, which int() refuses
+        raise FormatError(f"not JSON: {error}") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of one JSON object as a dict, refusing duplicate keys."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise FormatError(f"duplicate key `{next(key for key in found if keys.count(key) > 1)}`")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise FormatError(f"`{name}` is not JSON")
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
+        ]
+    return depth

@@ -1,0 +1,208 @@
+"""The records that pass from containers over schemes to checks.
+
+A container yields `StoredTensor`s and never interprets numbers. A scheme turns groups of them into
+`LogicalTensor`s: what the unquantized model has there. A check sees only those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
+
+from pytest_quantcheck.dtypes import BITS
+from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.finding import Finding
+
+if TYPE_CHECKING:
+    import torch
+
+ByteClass = Literal[
+    "codes",
+    "scales",
+    "zero_points",
+    "codebooks",
+    "index",
+    "unquantized",
+    "buffers",
+    "bookkeeping",
+    "metadata",
+    "padding",
+    "dead",
+]
+BYTE_CLASSES: tuple[ByteClass, ...] = get_args(ByteClass)
+
+# parameter: counts. adapter: counts, told apart (LoRA and its kin). tied: shares the values of a tensor that counts.
+# buffer: never counts. shadow: a full copy that the model no longer uses. part: belongs to an encoded weight.
+Role = Literal["parameter", "adapter", "tied", "buffer", "shadow", "part"]
+COUNTED: tuple[Role, ...] = ("parameter", "adapter")
+
+
+class Source(Protocol):
+    """Where the bytes of stored tensors are."""
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Return the bytes from `start` up to `stop`, counted from the start of the source."""
+
+    def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+        """Return elements `start` up to `stop` of a stored tensor, flat, in its torch dtype, on `device`."""
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a container, as stored.
+
+    `dtype` is the safetensors name; `shape` counts values, also where several share a byte (F4, F6).
+    `nbytes` is what it weighs: a live part that several weights share weighs nothing the second time.
+    `role` and `requires_grad` are known for live modules only.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: Source
+    offset: int = 0
+    role: Role | None = None
+    requires_grad: bool | None = None
+
+    @property
+    def elements(self) -> int:
+        """The number of stored values, which is what `numel()` says."""
+        return math.prod(self.shape)
+
+    def read(self, *, limit: int) -> bytearray:
+        """Return all bytes of a small tensor; over `limit` bytes is a `FormatError`."""
+        size = self.elements * BITS[self.dtype] // 8
+        if size > limit:
+            raise FormatError(f"{size:,} bytes where a small record belongs (limit {limit:,})", tensor=self.name)
+        return self.source.read(self.offset, self.offset + size)
+
+    def load(self, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
+        """Return stored elements `start` up to `stop` as a flat tensor of the stored dtype on `device`."""
+        return self.source.load(self, start, self.elements if stop is None else stop, device)
+
+    def load_bytes(self, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
+        """Return bytes `start` up to `stop` as a flat uint8 tensor on `device`, whatever dtype they are stored in."""
+        raw = self._replace(dtype="U8", shape=(self.nbytes,))
+        return self.source.load(raw, start, self.nbytes if stop is None else stop, device)
+
+
+class Part(NamedTuple):
+    """One stored tensor of an encoded weight: its name in the format, its byte class, and where it is."""
+
+    name: str
+    kind: ByteClass
+    stored: StoredTensor
+
+
+Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
+
+
+class LogicalTensor(NamedTuple):
+    """What the unquantized model has in one place, and how its values are written here.
+
+    `parts[0]` holds the codes (or the plain values). `decoder` is a module-level function, so that a tensor of a file
+    can be sent to another process. `transposed` says that the unquantized model keeps the matrix the other way round
+    (GPT-2's Conv1D). `floor_db` is the SQNR under which this encoding is broken, whatever the weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    role: Role
+    parts: tuple[Part, ...]
+    decoder: Decoder | None
+    layout: object = None
+    block: int | None = None
+    transposed: bool = False
+    floor_db: float | None = None
+
+    @property
+    def params(self) -> int:
+        """The number of logical values."""
+        return math.prod(self.shape)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the values are encoded, as opposed to written as plain numbers."""
+        return self.scheme != "plain"
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The stored tensor that stands where the unquantized weight stood."""
+        return self.parts[0].stored
+
+    @property
+    def trainable(self) -> bool | None:
+        """Whether the optimizer sees it; None for files, which do not say."""
+        return self.stored.requires_grad
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes that belong to this tensor: codes, scales and bookkeeping."""
+        return sum(part.stored.nbytes for part in self.parts)
+
+    @property
+    def bytes(self) -> dict[ByteClass, int]:
+        """The bytes by class, empty classes left out."""
+        found: dict[ByteClass, int] = {}
+        for part in self.parts:
+            found[part.kind] = found.get(part.kind, 0) + part.stored.nbytes
+        return {kind: size for kind, size in found.items() if size}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits of this tensor per logical value."""
+        return 8 * self.nbytes / self.params if self.params else 0.0
+
+    @property
+    def rows(self) -> int:
+        """The number of windows of one row: the product of all dimensions but the last."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """The length of one row: the last dimension."""
+        return self.shape[-1] if self.shape else 1
+
+    def part(self, name: str) -> StoredTensor:
+        """Return the stored tensor of a part, by its name in the format."""
+        for part in self.parts:
+            if part.name == name:
+                return part.stored
+        raise KeyError(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the part is there."""
+        return any(part.name == name for part in self.parts)
+
+    def decode(self, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
+        """Return rows `start` up to `stop` as float32 `[stop - start, columns]` on `device`.
+
+        All leading dimensions count as rows, so a stack of experts is read in windows too.
+        Raises `NotDecodable` where the values cannot be reached.
+        """
+        if self.decoder is None:
+            raise NotDecodable(f"{self.scheme} is counted and weighed, but not decoded here", tensor=self.name)
+        return self.decoder(self, start, self.rows if stop is None else stop, device)
+
+    def windows(self, elements: int = 1 << 20) -> Iterator[tuple[int, int]]:
+        """Yield row ranges of about `elements` values each."""
+        step = max(1, elements // max(1, self.columns))
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+
+@dataclass(frozen=True)
+class Container:
+    """Everything a container knows: names, dtypes, stored shapes, byte ranges, and what lies around them."""
+
+    kind: str
+    source: str
+    tensors: Mapping[str, StoredTensor]
+    file_bytes: int
+    overhead: Mapping[ByteClass, int] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()

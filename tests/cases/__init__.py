@@ -1,0 +1,47 @@
+"""The test table of schemes: one module per scheme, one row per layout, the real library behind each.
+
+A row makes a quantized weight with the library and says what must come out. `tests/test_schemes.py` holds every row
+to the same promises: exact count live and on disk, bytes that add up, and our decode equal to the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Made:
+    """What one row makes. `live` holds the weight as a module, `tensors` as a checkpoint would; either may be absent.
+
+    `values` is what the library itself decodes (float32), equal to ours within `tolerance` times its largest value:
+    0 means bit for bit.
+    """
+
+    values: Any
+    live: Any = None
+    tensors: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is made, and what is known about it without looking."""
+
+    id: str
+    make: Callable[[], Made]
+    scheme: str
+    shape: tuple[int, ...]
+    name: str = "layer.weight"
+    total: int | None = None  # all logical parameters; the weight alone where None
+    bytes: dict[str, int] | None = None  # of the weight's parts by class, worked by hand
+
+
+def all_cases() -> list[Case]:
+    from tests.cases import bnb, plain
+
+    # One row per scheme.
+    return [*plain.CASES, *bnb.CASES]

@@ -1,0 +1,78 @@
+"""Every row of the table of schemes, live and on disk, held to the same promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from pytest_quantcheck import inspect
+from tests.cases import Case, Made, all_cases
+
+CASES = all_cases()
+
+
+@pytest.fixture(scope="module")
+def made():
+    cache: dict[str, Made] = {}
+
+    def make(case: Case) -> Made:
+        if case.id not in cache:
+            cache[case.id] = case.make()
+        return cache[case.id]
+
+    return make
+
+
+@pytest.fixture(params=["live", "disk"])
+def artifact(request, made, case, tmp_path):
+    content = made(case)
+    if request.param == "live":
+        if content.live is None:
+            pytest.skip("this layout has no live form here")
+        return inspect(content.live)
+    if content.tensors is None:
+        pytest.skip("this layout is not saved")
+    tensors = {name: tensor.contiguous().clone() for name, tensor in content.tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"} | content.metadata)
+    (tmp_path / "config.json").write_text(json.dumps(content.config))
+    return inspect(tmp_path)
+
+
+each_case = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+
+
+@each_case
+def test_counts_exactly(case, artifact):
+    tensor = artifact.tensor(case.name)
+    assert (tensor.scheme, tensor.shape) == (case.scheme, case.shape)
+    assert artifact.logical_params == (case.total or tensor.params)
+
+
+@each_case
+def test_bytes_add_up(case, artifact):
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+    if case.bytes is not None:
+        measured = artifact.tensor(case.name).bytes
+        assert {kind: measured.get(kind, 0) for kind in case.bytes} == case.bytes
+
+
+@each_case
+def test_decodes_what_the_library_decodes(case, artifact, made):
+    expected = made(case).values.to(torch.float32).reshape(-1, case.shape[-1])
+    decoded = artifact.tensor(case.name).decode()
+    assert decoded.dtype == torch.float32
+    same = torch.nan_to_num(decoded), torch.nan_to_num(expected)
+    assert torch.equal(decoded.isnan(), expected.isnan())
+    limit = made(case).tolerance * expected.abs().max()
+    assert (same[0] - same[1]).abs().max() <= limit
+
+
+@each_case
+def test_windows_equal_the_whole(case, artifact):
+    tensor = artifact.tensor(case.name)
+    windows = [tensor.decode(start, stop) for start, stop in tensor.windows(elements=5 * tensor.columns)]
+    assert torch.equal(torch.cat(windows).nan_to_num(), tensor.decode().nan_to_num())
+    assert tensor.decode(1, 1).shape == (0, tensor.columns)
