@@ -206,3 +206,4 @@ class Container:
     configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)

@@ -65,8 +65,9 @@ def open_container(path: str) -> Container:
     if path.endswith(".index.json"):
         return _open_folder(os.path.dirname(path) or ".", index=os.path.basename(path))
     file = files.open_file(path)
-    tensors, overhead = _tensors_of(file, shown=path)
-    return Container("safetensors", path, tensors, file.size, {"metadata": overhead})
+    tensors, header = _tensors_of(file, shown=path)
+    overhead: dict[ByteClass, int] = {"metadata": header.data_start}
+    return Container("safetensors", path, tensors, file.size, overhead, metadata=header.metadata)
 
 
 def read_header(read: Read, size: int) -> Header:
@@ -179,8 +180,8 @@ def _check_coverage(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
         raise FormatError(f"{data_size - at:,} bytes follow the last tensor (nothing may)")
 
 
-def _tensors_of(file: files.File, *, shown: str) -> tuple[dict[str, StoredTensor], int]:
-    """The stored tensors of one file, and its bytes that belong to no tensor."""
+def _tensors_of(file: files.File, *, shown: str) -> tuple[dict[str, StoredTensor], Header]:
+    """The stored tensors of one file, and its header."""
     try:
         header = read_header(file.read, file.size)
     except FormatError as error:
@@ -190,7 +191,7 @@ def _tensors_of(file: files.File, *, shown: str) -> tuple[dict[str, StoredTensor
         name: StoredTensor(name, dtype, shape, stop - start, file, base + start)
         for name, (dtype, shape, start, stop) in header.tensors.items()
     }
-    return tensors, base
+    return tensors, header
 
 
 def _open_folder(folder: str, *, index: str | None = None) -> Container:
@@ -202,12 +203,13 @@ def _open_folder(folder: str, *, index: str | None = None) -> Container:
     if not named and "model.safetensors" in present.keys() - shards:
         raise FormatError(f"holds both `model.safetensors` and `{index}` (readers differ): name one", file=folder)
     tensors: dict[str, StoredTensor] = {}
-    headers = 0
+    headers, metadata = 0, {}
     for shard in shards:
-        found, overhead = _tensors_of(files.open_beneath(folder, shard), shown=os.path.join(folder, shard))
+        found, header = _tensors_of(files.open_beneath(folder, shard), shown=os.path.join(folder, shard))
         _check_shard(shard, found, tensors, weight_map, folder)
         tensors |= found
-        headers += overhead
+        headers += header.data_start
+        metadata |= header.metadata
     _check_complete(weight_map, tensors, folder)
     findings = [*_stale_total(total_size, tensors, index), *_orphans(present, shards)]
     beside = {name: size for name, size in present.items() if name not in shards}
@@ -221,6 +223,7 @@ def _open_folder(folder: str, *, index: str | None = None) -> Container:
         overhead=overhead_bytes,
         configs={name: config for name in CONFIGS if (config := files.read_json(folder, name)) is not None},
         findings=tuple(findings),
+        metadata=metadata,
     )
 
 

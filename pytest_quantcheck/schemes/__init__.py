@@ -28,7 +28,10 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     Raises `UnknownEncoding` for a tensor or a `quant_method` that no scheme knows, `FormatError` for a broken group.
     """
     namespace = Namespace(
-        container.tensors, quantization_config.find(container.configs), container.configs.get("config.json", {})
+        container.tensors,
+        quantization_config.find(container.configs),
+        container.configs.get("config.json", {}),
+        container.metadata,
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it

@@ -10,11 +10,12 @@ from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 
 class Namespace(NamedTuple):
-    """All stored tensors of an artifact, by name, and what its configuration says about quantization."""
+    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers."""
 
     tensors: Mapping[str, StoredTensor]
     quantization: Mapping[str, Any]
     config: Mapping[str, Any]
+    metadata: Mapping[str, str]
 
 
 # Makes a logical tensor of the group that an anchor belongs to, or None where the anchor is somebody else's.
