@@ -11,7 +11,8 @@ import torch
 from pytest_quantcheck import inspect
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import gptq
-from tests.cases.gptq import NOTHING, golden, live_layer
+from tests.cases.buffer_linear import live_layer
+from tests.cases.gptq import MODULE, NOTHING, golden
 
 
 def saved(tmp_path, case="act-order", change=None, **config):
@@ -106,7 +107,7 @@ def test_the_data_outvotes_a_label_that_lies(tmp_path):
 def test_a_kernel_that_repacks_its_codes_is_counted_and_not_decoded():
     tensors = {"qweight": torch.zeros(6, 64, dtype=I32), "qzeros": torch.zeros(0, dtype=I32),
                "scales": torch.ones(3, 32, dtype=F16)}  # fmt: skip
-    model = live_layer(tensors, "MarlinLinear", bits=4, group_size=32, in_features=96)
+    model = live_layer(tensors, "MarlinLinear", MODULE, bits=4, group_size=32, in_features=96)
     tensor = inspect(model).tensor("layer.weight")
     assert tensor.shape == (32, 96)
     with pytest.raises(NotDecodable, match="may be repacked for `MarlinLinear`"):

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, gptq, plain, quantization_config
+from pytest_quantcheck.schemes import (
+    awq_gemm,
+    awq_gemv,
+    awq_gemv_fast,
+    bnb_4bit,
+    bnb_8bit,
+    gptq,
+    marlin,
+    plain,
+    quantization_config,
+)
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -13,6 +23,10 @@ from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    marlin.SCHEME,
+    awq_gemv_fast.SCHEME,
+    awq_gemv.SCHEME,
+    awq_gemm.SCHEME,
     gptq.SCHEME,
     plain.SCHEME,
 )

@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, gptq, plain
+    from tests.cases import awq, bnb, gptq, plain
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *gptq.CASES]
+    return [*plain.CASES, *bnb.CASES, *gptq.CASES, *awq.CASES]
