@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config, quanto_qbits, quanto_qbytes
+from pytest_quantcheck.schemes import (
+    bnb_4bit,
+    bnb_8bit,
+    plain,
+    quantization_config,
+    quanto_qbits,
+    quanto_qbytes,
+    torchao_affine,
+    torchao_int4,
+    torchao_int4_cpu,
+    torchao_mx,
+    torchao_nf4,
+    torchao_opaque,
+)
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -15,6 +28,12 @@ SCHEMES: tuple[Scheme, ...] = (
     bnb_8bit.SCHEME,
     quanto_qbits.SCHEME,
     quanto_qbytes.SCHEME,
+    torchao_affine.SCHEME,
+    torchao_mx.SCHEME,
+    torchao_int4.SCHEME,
+    torchao_int4_cpu.SCHEME,
+    torchao_nf4.SCHEME,
+    torchao_opaque.SCHEME,
     plain.SCHEME,
 )
 

@@ -42,7 +42,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, plain, quanto
+    from tests.cases import bnb, plain, quanto, torchao
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *quanto.CASES]
+    return [*plain.CASES, *bnb.CASES, *quanto.CASES, *torchao.CASES]
