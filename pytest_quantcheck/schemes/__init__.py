@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from pytest_quantcheck.errors import FormatError, UnknownEncoding
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import (
     awq_gemm,
     awq_gemv,
@@ -15,9 +16,20 @@ from pytest_quantcheck.schemes import (
     marlin,
     plain,
     quantization_config,
+    quanto_qbits,
+    quanto_qbytes,
+    torchao_affine,
+    torchao_int4,
+    torchao_int4_cpu,
+    torchao_mx,
+    torchao_nf4,
+    torchao_opaque,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
@@ -28,6 +40,14 @@ SCHEMES: tuple[Scheme, ...] = (
     awq_gemv.SCHEME,
     awq_gemm.SCHEME,
     gptq.SCHEME,
+    quanto_qbits.SCHEME,
+    quanto_qbytes.SCHEME,
+    torchao_affine.SCHEME,
+    torchao_mx.SCHEME,
+    torchao_int4.SCHEME,
+    torchao_int4_cpu.SCHEME,
+    torchao_nf4.SCHEME,
+    torchao_opaque.SCHEME,
     plain.SCHEME,
 )
 
@@ -58,7 +78,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
-            found[name] = plain.claim(stored, namespace)
+            _take(plain.claim(stored, namespace), found)
     return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
 
 
@@ -81,11 +101,17 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor]) -> None
         return
     if tensor.stored.role in ("adapter", "shadow"):
         tensor = tensor._replace(role=tensor.stored.role)
+    if tensor.stored.whole is not None:
+        tensor = tensor._replace(shape=tensor.stored.whole, decoder=_decode_shard)
     for part in tensor.parts:
         if part.stored.name in found:
             other = found[part.stored.name].name
             raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
         found[part.stored.name] = tensor
+
+
+def _decode_shard(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    raise NotDecodable("is sharded: this process holds only a part of it (gather it first)", tensor=tensor.name)
 
 
 def _configured(namespace: Namespace) -> tuple[Scheme, ...]:

@@ -24,6 +24,7 @@ class Made:
     tensors: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)  # further JSON files beside the weights, by name
     tolerance: float = 0.0
 
 
@@ -41,7 +42,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import awq, bnb, gptq, plain
+    from tests.cases import awq, bnb, gptq, plain, quanto, torchao
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *gptq.CASES, *awq.CASES]
+    return [*plain.CASES, *bnb.CASES, *gptq.CASES, *awq.CASES, *quanto.CASES, *torchao.CASES]
