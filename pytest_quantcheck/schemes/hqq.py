@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.schemes import slabs
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -50,15 +51,7 @@ PARTS: dict[str, ByteClass] = {
     **dict.fromkeys((*NUMBERS, *TEXTS, *FLAGS), "bookkeeping"),
 }
 
-# Packing -> slabs, bits of a field, bytes of a packed value.
-PACKINGS = {
-    "8bit_u8": (1, 8, 1),
-    "4bit_u8": (2, 4, 1),
-    "3bit_32": (10, 3, 4),
-    "2bit_u8": (4, 2, 1),
-    "1bit_u8": (8, 1, 1),
-}
-
+PACKINGS = ("8bit_u8", "4bit_u8", "3bit_32", "2bit_u8", "1bit_u8")
 FLOAT_DTYPES = {"F16", "BF16", "F32", "F64"}
 
 
@@ -119,23 +112,15 @@ def _check_decodable(tensor: LogicalTensor, layout: Layout) -> None:
 
 
 def _codes(tensor: LogicalTensor, layout: Layout, low: int, high: int, device: str) -> torch.Tensor:
-    """Rows `low` up to `high` of the codes, as float32, slab by slab."""
+    """Rows `low` up to `high` of the codes, as float32."""
     import torch
 
-    columns, stored = layout.columns, tensor.stored
     if layout.packing is None:
-        return stored.load(low * columns, high * columns, device).to(torch.float32).view(-1, columns)
-    slabs, bits, width = PACKINGS[layout.packing]
-    packed = -(-layout.rows // slabs)
-    found = [torch.empty((0, columns), device=device)]
-    for slab in range(slabs):
-        first, last = max(low, slab * packed) - slab * packed, min(high, (slab + 1) * packed) - slab * packed
-        if first < last:
-            raw = stored.load_bytes(first * columns * width, last * columns * width, device)
-            words = raw.view(torch.int32) if width == 4 else raw
-            codes = (words >> bits * (slabs - 1 - slab)) & (2**bits - 1)
-            found.append(codes.to(torch.float32).view(last - first, columns))
-    return torch.cat(found)
+        codes = tensor.stored.load(low * layout.columns, high * layout.columns, device)
+        return codes.to(torch.float32).view(-1, layout.columns)
+    shape, rows = (layout.rows, layout.columns), range(low, high)
+    codes = slabs.unpack(tensor.stored, slabs.PACKINGS[layout.packing], shape=shape, rows=rows, device=device)
+    return codes.to(torch.float32)
 
 
 def _parameters(
@@ -227,8 +212,8 @@ def _layout(
         known = ", ".join(PACKINGS)
         raise FormatError(f"is packed as `{packing}` on axis `{axis}` ({known}; 0 or 1)", tensor=anchor.name)
     rows, columns = _grouped(shape, meta, parts.get("scale"), anchor)
-    slabs = PACKINGS[packing][0] if packing else 1
-    return Layout(packing, rows, columns, axis, 0 if packing == "3bit_32" else rows % slabs)
+    dropped = rows % slabs.PACKINGS[packing].fields if packing and not slabs.PACKINGS[packing].padded else 0
+    return Layout(packing, rows, columns, axis, dropped)
 
 
 def _grouped(
@@ -246,13 +231,13 @@ def _grouped(
 
 def _check_sizes(parts: Mapping[str, StoredTensor], layout: Layout, meta: Mapping[str, Any]) -> None:
     codes = parts["W_q"]
-    slabs, _, width = PACKINGS[layout.packing] if layout.packing else (1, 0, codes.nbytes // max(1, codes.elements))
-    packed = -(-layout.rows // slabs) if layout.packing == "3bit_32" else layout.rows // slabs
-    wanted = packed * layout.columns * width
+    width = codes.nbytes // max(1, codes.elements)
+    packing = slabs.PACKINGS[layout.packing] if layout.packing else slabs.Packing(1, 8 * width, width)
+    wanted = packing.packed_rows(layout.rows) * layout.columns * packing.width
     if codes.nbytes != wanted:
         rule = f"{wanted:,} for {layout.rows:,} x {layout.columns:,} codes in `{layout.packing}`"
         raise FormatError(f"has {codes.nbytes:,} bytes ({rule})", tensor=codes.name)
-    if not meta.get("view_as_float") and layout.packing and codes.dtype != ("I32" if width == 4 else "U8"):
+    if not meta.get("view_as_float") and layout.packing and codes.dtype != ("I32" if packing.width == 4 else "U8"):
         raise FormatError(
             f"is {codes.dtype}, but packed as `{layout.packing}` and not viewed as float", tensor=codes.name
         )
