@@ -19,6 +19,7 @@ from pytest_quantcheck.schemes import (
     quantization_config,
     quanto_qbits,
     quanto_qbytes,
+    sinq,
     torchao_affine,
     torchao_int4,
     torchao_int4_cpu,
@@ -41,6 +42,7 @@ SCHEMES: tuple[Scheme, ...] = (
     awq_gemv.SCHEME,
     awq_gemm.SCHEME,
     gptq.SCHEME,
+    sinq.SCHEME,
     hqq.SCHEME,
     quanto_qbits.SCHEME,
     quanto_qbytes.SCHEME,
@@ -69,6 +71,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
         quantization_config.find(container.configs),
         container.configs.get("config.json", {}),
         container.metadata,
+        container.configs,
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it

@@ -45,6 +45,7 @@ PARTS = frozenset(
 PART_ENDINGS = (
     "_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format",
     "._weight_scale", "._weight_zero_point", "_scale_and_zero", "_per_tensor_scale", "_act_pre_scale",
+    ".meta.scale", ".meta.scale2", ".meta.zero", ".meta.scale.x", ".meta.zero.x",
 )  # fmt: skip
 
 # SQNR of a healthy cast of bf16 and fp16 is 55.6 and 73.7 dB; an 8-bit float without a scale loses more.

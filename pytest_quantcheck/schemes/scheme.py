@@ -10,12 +10,16 @@ from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 
 class Namespace(NamedTuple):
-    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers."""
+    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers.
+
+    `files` are the JSON files beside the weights, by name.
+    """
 
     tensors: Mapping[str, StoredTensor]
     quantization: Mapping[str, Any]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
 
 
 # Makes a logical tensor of the group that an anchor belongs to, or None where the anchor is somebody else's.

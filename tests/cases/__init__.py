@@ -42,7 +42,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import awq, bnb, gptq, hqq, plain, quanto, torchao
+    from tests.cases import awq, bnb, gptq, hqq, plain, quanto, sinq, torchao
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *gptq.CASES, *awq.CASES, *hqq.CASES, *quanto.CASES, *torchao.CASES]
+    return [*plain.CASES, *bnb.CASES, *gptq.CASES, *awq.CASES, *hqq.CASES, *sinq.CASES, *quanto.CASES, *torchao.CASES]
