@@ -9,24 +9,19 @@ Formula: w[n, k] = (code[k, n] - 8) * s[k // g, n], in float32, with g = K / G.
 Source: AutoAWQ 0.2.9, awq/modules/linear/marlin.py `WQLinear_Marlin.from_linear`, which is IST-DASLab/marlin's
 `Layer.pack`; GPTQModel 7.6.0, nn_modules/qlinear/marlin.py `_get_perms`.
 
-Order: the matrix [K, N] is cut into tiles of 16x16, tile rows one after another; every four tiles (1,024 codes) are
-permuted so that each thread of a warp finds its fragment in one load.
+The order of codes and scales is that of `marlin_tiles`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import buffer_linear, packing
+from pytest_quantcheck.schemes import buffer_linear, marlin_tiles
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
-    from typing import Any
-
     import torch
 
 PARTS: dict[str, ByteClass] = {
@@ -37,6 +32,8 @@ PARTS: dict[str, ByteClass] = {
     "workspace": "bookkeeping",
     buffer_linear.RECORD: "bookkeeping",  # live only
 }
+
+ORDER = marlin_tiles.fragment_order(2, (0, 1, 8, 9), (0, 2, 4, 6, 1, 3, 5, 7))
 
 
 class Layout(NamedTuple):
@@ -84,57 +81,14 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
 
     layout = tensor.layout
     assert isinstance(layout, Layout)
-    first, last = start // 64, -(-stop // 64)
-    tiles, columns = tensor.stored.shape[0], 64 * (last - first)
-    words = packing.load_columns(tensor.stored, 128 * first, 128 * last, device)  # (K/16, 128 * blocks)
-    codes = packing.unpack_words(words, 4, 1024 * (last - first)).reshape(-1, 1024)
-    back = torch.tensor(_inverse(_codes_order()), device=device)
-    codes = codes[:, back].view(tiles, columns // 16, 16, 16).transpose(1, 2).reshape(16 * tiles, columns)  # (K, N)
-    scales = _scales(tensor.part(layout.scales), 64 * first, 64 * last, device)  # (G, N)
-    groups = codes.view(len(scales), layout.group_size, columns)
-    values = (groups - 8).to(torch.float32).mul_(scales.unsqueeze(1)).view(16 * tiles, columns)
-    return values[:, start - 64 * first : stop - 64 * first].t().contiguous()
-
-
-def _scales(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    import torch
-
-    scales = packing.load_columns(stored, start, stop, device).to(torch.float32)
-    order = _inverse(_scales_order(one_group=len(scales) == 1))
-    back = torch.tensor(order, device=device)
-    return scales.reshape(-1, len(order))[:, back].view(scales.shape)
-
-
-@cache
-def _codes_order() -> tuple[int, ...]:
-    """Where each of 1,024 stored codes comes from in four tiles, read row by row."""
-    order: list[int] = []
-    for thread in range(32):
-        column, pair = thread // 4, 2 * (thread % 4)
-        rows = (pair, pair + 1, pair + 8, pair + 9)
-        fragment = [16 * row + column + 8 * half for half in (0, 1) for row in rows]
-        for tile in range(4):
-            found = [at + 256 * tile for at in fragment]
-            order.extend(found[at] for at in (0, 2, 4, 6, 1, 3, 5, 7))
-    return tuple(order)
-
-
-@cache
-def _scales_order(*, one_group: bool) -> tuple[int, ...]:
-    if one_group:
-        return tuple(2 * thread + at for thread in range(4) for at in (0, 1, 8, 9, 16, 17, 24, 25))
-    return tuple(at + 8 * row for at in range(8) for row in range(8))
-
-
-def _inverse(order: tuple[int, ...]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
-
-
-def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
-    """Show the buffers of a Marlin layer as they would be saved."""
-    if name or "s" not in owner._buffers:
-        return None
-    return {part: owner._buffers[part] for part in ("B", "s", "bias") if owner._buffers.get(part) is not None}
+    first, last = start // 64 * 64, -(-stop // 64) * 64
+    codes = marlin_tiles.codes(tensor.stored, ORDER, first, last, device)  # (K, N)
+    stored = tensor.part(layout.scales)
+    order = marlin_tiles.SCALES_BY_OUTPUT if stored.shape[0] == 1 else marlin_tiles.SCALES_BY_GROUP
+    scales = marlin_tiles.scales(stored, order, first, last, device)  # (G, N)
+    groups = codes.view(len(scales), layout.group_size, last - first)
+    values = (groups - 8).to(torch.float32).mul_(scales.unsqueeze(1)).view(tensor.columns, last - first)
+    return values[:, start - first : stop - first].t().contiguous()
 
 
 SCHEME = Scheme(
@@ -144,7 +98,7 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("B", "qweight"),
     methods=("marlin", "gptq", "awq"),
-    live={":B": expose},
+    live={":B": marlin_tiles.expose},
     source="AutoAWQ 0.2.9, awq/modules/linear/marlin.py; GPTQModel 7.6.0, nn_modules/qlinear/marlin.py",
     verified="AutoAWQ 0.2.9 (packer; its kernel needs a GPU)",
 )

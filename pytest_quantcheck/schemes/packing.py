@@ -185,3 +185,23 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
     flat = packed.reshape(-1)
     return torch.cat((flat & 15, flat >> 4))
+
+
+def hadamard(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return each block of `size` columns times the Hadamard matrix of that size over its square root.
+
+    `size` is a power of two; the matrix is Sylvester's and symmetric. Sums are taken pair by pair, in the same order
+    whatever the number of rows.
+
+    >>> import torch
+    >>> hadamard(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), 4)
+    tensor([[ 1.5000, -0.5000, -0.5000,  1.5000]])
+    """
+    import torch
+
+    width = 1
+    while width < size:
+        pairs = values.reshape(-1, 2, width)
+        values = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1).view(values.shape)
+        width *= 2
+    return values.mul(size**-0.5)

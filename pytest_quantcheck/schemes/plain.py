@@ -40,6 +40,7 @@ PARTS = frozenset(
         "weight_packed", "weight_shape", "weight_global_scale", "weight_g_idx", "dense_weights", "row_offsets",
         "col_vals", "qbiases", "scaled_zeros", "trellis", "quantized_weight_values", "embedding_quantized",
         "scales_and_zeros", "q_weight", "weight_quantizer",
+        "q_scale", "q_scale_max", "q_invperm", "q_groups", "suh", "svh", "s_channel", "s_group",
     }
 )  # fmt: skip
 PART_ENDINGS = (

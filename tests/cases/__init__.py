@@ -42,7 +42,17 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import awq, bnb, gptq, hqq, plain, quanto, sinq, torchao
+    from tests.cases import awq, bnb, exllama, gptq, hqq, plain, quanto, sinq, torchao
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *gptq.CASES, *awq.CASES, *hqq.CASES, *sinq.CASES, *quanto.CASES, *torchao.CASES]
+    return [
+        *plain.CASES,
+        *bnb.CASES,
+        *gptq.CASES,
+        *awq.CASES,
+        *exllama.CASES,
+        *hqq.CASES,
+        *sinq.CASES,
+        *quanto.CASES,
+        *torchao.CASES,
+    ]
