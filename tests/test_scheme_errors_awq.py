@@ -93,3 +93,12 @@ def test_a_kernel_that_repacks_its_codes_is_counted_and_not_decoded():
     assert (tensor.scheme, tensor.shape) == ("awq", (32, 96))
     with pytest.raises(NotDecodable, match="may be repacked for `AwqMarlinLinear`"):
         tensor.decode()
+
+
+def test_scales_of_an_activation_are_weighed_and_never_count(tmp_path):
+    made = golden("gemm-4bit")()
+    made.tensors["act.scales"] = torch.ones(48, dtype=F16)
+    artifact = inspect(saved(tmp_path, made))
+    assert artifact.logical_params == 40 * 48
+    assert artifact.tensor("act.scales").role == "part"
+    assert sum(artifact.bytes.values()) == artifact.file_bytes

@@ -55,6 +55,8 @@ BROKEN = [
     ("config-of-other-bits", None, {"bits": 3}, r"I32 \[12, 32\] with .* is not 3-bit GPTQ"),
     ("config-of-other-group", None, {"group_size": 64}, r"has 3 groups \(not group_size 64 over 96 inputs\)"),
     ("config-of-other-format", None, {"checkpoint_format": "marlin"}, r"checkpoint_format is `marlin`"),
+    ("auto-round-of-other-format", None, {"quant_method": "auto-round", "packing_format": "auto_round:fp8"},
+     r"packing_format is `auto_round:fp8`"),
     ("config-of-other-method", None, {"quant_method": "awq"}, r"quant_method"),
 ]  # fmt: skip
 
@@ -67,6 +69,9 @@ def test_a_broken_weight_is_an_error_that_names_it(tmp_path, change, config, mes
 
 UNDECIDED = [
     ("zero-points", "v1-4bit", None, NOTHING, r"layer.weight: zero points may be stored as they are or less one"),
+    ("old-auto-round-backend", "v1-4bit", None,
+     {"quant_method": "intel/auto-round", "backend": "autoround:exllamav2", "checkpoint_format": None},
+     r"layer.weight: zero points may be stored as they are or less one"),
     ("planes", "planes-6bit", None, NOTHING, r"layer.weight: 6-bit codes may run on as a stream or lie in planes"),
     ("group-size", "act-order", without("g_idx"), {"sym": True} | dict.fromkeys(("group_size",)), None),
     ("group-out-of-range", "act-order", put("g_idx", torch.full((96,), 3, dtype=I32)), {},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import (
+    awq_activation,
     awq_gemm,
     awq_gemv,
     awq_gemv_fast,
@@ -49,6 +50,7 @@ SCHEMES: tuple[Scheme, ...] = (
     awq_gemv_fast.SCHEME,
     awq_gemv.SCHEME,
     awq_gemm.SCHEME,
+    awq_activation.SCHEME,
     gptq.SCHEME,
     sinq.SCHEME,
     hqq.SCHEME,

@@ -234,19 +234,27 @@ def _said(quantization: Mapping[str, Any], qweight: str) -> Said:
     )
 
 
-def _label(quantization: Mapping[str, Any], qweight: str) -> tuple[frozenset[int], int]:
+def _label(quantization: Mapping[str, Any], qweight: str) -> tuple[frozenset[int], int | None]:
     """The widths that lie in planes, and what is subtracted from zero points, as the config labels them."""
     if str(quantization.get("quant_method")).endswith("auto-round"):
-        packing_format = quantization.get("packing_format", quantization.get("backend", "auto_round:auto_gptq"))
-        if "awq" in str(packing_format) or not str(packing_format).startswith("auto"):
-            raise FormatError(f"has the shapes of GPTQ, but packing_format is `{packing_format}`", tensor=qweight)
-        plain = packing_format == "auto_round" or "gptqmodel" in str(packing_format)
-        return frozenset(), 0 if plain else 1
+        return frozenset(), _label_of_auto_round(quantization, qweight)
     label = quantization.get("checkpoint_format", quantization.get("format"))
     if label not in VERSIONS:
         known = ", ".join(f"`{name}`" for name in VERSIONS if name)
         raise FormatError(f"has the shapes of GPTQ, but checkpoint_format is `{label}` ({known})", tensor=qweight)
     return frozenset(PLANES) - (frozenset() if label == "gptq_p" else {3}), VERSIONS[label]
+
+
+def _label_of_auto_round(quantization: Mapping[str, Any], qweight: str) -> int | None:
+    """What auto-round subtracts; old files name a backend instead of a format, which says less."""
+    label = str(quantization.get("packing_format", quantization.get("backend", "auto_round:auto_gptq")))
+    if label == "auto_round" or "gptqmodel" in label:
+        return 0
+    if "gptq" in label or label == "auto":
+        return 1
+    if "packing_format" in quantization or "awq" in label:
+        raise FormatError(f"has the shapes of GPTQ, but packing_format is `{label}`", tensor=qweight)
+    return None
 
 
 def _layout(parts: Mapping[str, StoredTensor], said: Said, record: Mapping[str, Any], prefix: str) -> Layout:
