@@ -52,6 +52,8 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that a `qweight` belongs to, where its shapes are those of the gemm version."""
     prefix = anchor.name.removesuffix("qweight")
+    if (namespace.quantization.get("quant_method") or "awq") not in METHODS or prefix[-1:] not in ("", "."):
+        return None
     found = {part: stored for part in PARTS if (stored := namespace.tensors.get(prefix + part)) is not None}
     record = buffer_linear.record(found.get(buffer_linear.RECORD))
     shape = _repacked(found, record) or _shape(found)
@@ -134,7 +136,7 @@ def _may_be_awq(quantization: Mapping[str, Any], record: Mapping[str, Any]) -> b
     method = quantization.get("quant_method")
     if method in AUTO_ROUND:
         return bool(record.get("awq")) or "awq" in str(quantization.get("packing_format", quantization.get("backend")))
-    return method is None or method in METHODS
+    return True
 
 
 def _layout(

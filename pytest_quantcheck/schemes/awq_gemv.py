@@ -42,9 +42,11 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that a `qweight` belongs to, where its shapes are those of the gemv version."""
     prefix = anchor.name.removesuffix("qweight")
+    if (namespace.quantization.get("quant_method") or "awq") not in METHODS or prefix[-1:] not in ("", "."):
+        return None
     found = {part: stored for part in PARTS if (stored := namespace.tensors.get(prefix + part)) is not None}
     shape = _shape(found)
-    if shape is None or namespace.quantization.get("quant_method", "awq") not in METHODS:
+    if shape is None:
         return None
     record = buffer_linear.record(found.get(buffer_linear.RECORD))
     if record and not record.get("awq"):

@@ -47,9 +47,11 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that a `qweight` belongs to, where its dtypes are those of the gemv_fast version."""
     prefix = anchor.name.removesuffix("qweight")
+    if anchor.dtype != "I16" or prefix[-1:] not in ("", "."):
+        return None
     found = {part: stored for part in PARTS if (stored := namespace.tensors.get(prefix + part)) is not None}
     zeros = next((part for part in ("scaled_zeros", "qzeros") if part in found), None)
-    if anchor.dtype != "I16" or zeros is None or found[zeros].dtype not in FLOATS:
+    if zeros is None or found[zeros].dtype not in FLOATS:
         return None
     shape = _shape(found, zeros)
     record = buffer_linear.record(found.get(buffer_linear.RECORD))

@@ -31,9 +31,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that a `qweight` belongs to, where the configuration says that it is BitBLAS's."""
     said = namespace.quantization
     labels = (said.get("quant_method"), said.get("checkpoint_format"), said.get("format"))
-    if "bitblas" not in labels or not anchor.name.endswith("qweight"):
-        return None
     prefix = anchor.name.removesuffix("qweight")
+    if "bitblas" not in labels or prefix[-1:] not in ("", "."):
+        return None
     found = {part: stored for part in PARTS if (stored := namespace.tensors.get(prefix + part)) is not None}
     scales = found.get("scales")
     if scales is None or len(scales.shape) != 2:

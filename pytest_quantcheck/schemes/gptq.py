@@ -90,7 +90,9 @@ class Said(NamedTuple):
 
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that a `qweight` or `qzeros` belongs to."""
-    prefix = _module(anchor.name)
+    prefix, _, last = anchor.name.rpartition(".")
+    if last not in ("qweight", "qzeros"):
+        return None
     found = {part: stored for part in PARTS if (stored := namespace.tensors.get(_join(prefix, part))) is not None}
     qweight = found.get("qweight")
     record = buffer_linear.record(found.get(buffer_linear.RECORD))
