@@ -13,6 +13,7 @@ from pytest_quantcheck.schemes import (
     quantization_config,
     quanto_qbits,
     quanto_qbytes,
+    torch_ao,
     torchao_affine,
     torchao_int4,
     torchao_int4_cpu,
@@ -38,6 +39,7 @@ SCHEMES: tuple[Scheme, ...] = (
     torchao_int4_cpu.SCHEME,
     torchao_nf4.SCHEME,
     torchao_opaque.SCHEME,
+    torch_ao.SCHEME,
     plain.SCHEME,
 )
 

@@ -42,7 +42,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, plain, quanto, torchao
+    from tests.cases import bnb, plain, quanto, torch_ao, torchao
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *quanto.CASES, *torchao.CASES]
+    return [*plain.CASES, *bnb.CASES, *quanto.CASES, *torchao.CASES, *torch_ao.CASES]
