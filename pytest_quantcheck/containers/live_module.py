@@ -201,6 +201,7 @@ _BASE_OF = {
     "PeftMixedModel": "base_model",
     "BaseTuner": "model",
     "AuxiliaryTrainingWrapper": "original_module",
+    "TrainableTokensWrapper": "token_adapter",
     "BaseTunerLayer": "base_layer",
     "AdaptedAttention": "model",
 }

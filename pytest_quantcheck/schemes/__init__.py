@@ -20,6 +20,7 @@ from pytest_quantcheck.schemes import (
     torchao_mx,
     torchao_nf4,
     torchao_opaque,
+    transformer_engine,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
@@ -40,6 +41,7 @@ SCHEMES: tuple[Scheme, ...] = (
     torchao_nf4.SCHEME,
     torchao_opaque.SCHEME,
     torch_ao.SCHEME,
+    transformer_engine.SCHEME,
     plain.SCHEME,
 )
 
