@@ -200,6 +200,7 @@ _BASE_OF = {
     "PeftModel": "base_model",
     "PeftMixedModel": "base_model",
     "BaseTuner": "model",
+    "AdaptionPromptModel": "model",
     "AuxiliaryTrainingWrapper": "original_module",
     "TrainableTokensWrapper": "token_adapter",
     "BaseTunerLayer": "base_layer",
