@@ -11,6 +11,7 @@ from pytest_quantcheck.schemes import (
     bnb_8bit,
     plain,
     quantization_config,
+    quanto_kernels,
     quanto_qbits,
     quanto_qbytes,
     torch_ao,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    quanto_kernels.SCHEME,
     quanto_qbits.SCHEME,
     quanto_qbytes.SCHEME,
     torchao_affine.SCHEME,
