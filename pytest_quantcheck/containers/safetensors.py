@@ -203,7 +203,8 @@ def _open_folder(folder: str, *, index: str | None = None) -> Container:
     if not named and "model.safetensors" in present.keys() - shards:
         raise FormatError(f"holds both `model.safetensors` and `{index}` (readers differ): name one", file=folder)
     tensors: dict[str, StoredTensor] = {}
-    headers, metadata = 0, {}
+    headers = 0
+    metadata: dict[str, str] = {}
     for shard in shards:
         found, header = _tensors_of(files.open_beneath(folder, shard), shown=os.path.join(folder, shard))
         _check_shard(shard, found, tensors, weight_map, folder)
