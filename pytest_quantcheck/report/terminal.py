@@ -41,12 +41,16 @@ def print_comparison(comparison: Comparison) -> None:
     """Print the fidelity of every tensor, worst first, then the verdict and the findings."""
     header = ("tensor", "scheme", "SQNR dB", "expected", "gain", "bias", "max error", "worst block")
     console = _console()
-    if console is None or len(comparison.tensors) > MANY:
-        _print_columns(header, map(_fidelity_cells, comparison.tensors))
+    equal = [row for row in comparison.tensors if row.scheme == "plain" and not row.noise and not row.faults]
+    rows = [row for row in comparison.tensors if row not in equal]
+    if console is None or len(rows) > MANY:
+        _print_columns(header, map(_fidelity_cells, rows))
     else:
-        _print_fidelity(console, comparison, header)
+        _print_fidelity(console, rows, header)
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     print(f"\n{len(comparison.tensors):,} tensors compared{total}")
+    if equal:
+        print(f"{len(equal):,} plain tensors are equal to the reference")
     _print_findings(comparison.findings)
 
 
@@ -198,7 +202,7 @@ def _narrow(cells: tuple[str, ...]) -> list[str]:
     return [f"{shape}\n{stored}", f"{values}\n{elements}", f"{scheme}\n{under}", size]
 
 
-def _print_fidelity(console: Console, comparison: Comparison, header: tuple[str, ...]) -> None:
+def _print_fidelity(console: Console, rows: Sequence[Fidelity], header: tuple[str, ...]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -209,7 +213,7 @@ def _print_fidelity(console: Console, comparison: Comparison, header: tuple[str,
     table.add_column(shown[0], overflow="fold")
     for name in shown[1:]:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in comparison.tensors:
+    for row in rows:
         name, scheme, sqnr, expected, gain, bias, error, block = _fidelity_cells(row)
         style = "red" if row.faults else "dim" if row.scheme == "plain" else ""
         cells = [scheme, sqnr, expected, gain, bias, error, block]
