@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WIDE = 130
 MANY = 1000
+LEFT = ("tensor", "scheme")
+Row = tuple[str, ...]
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -31,7 +33,9 @@ def print_artifact(artifact: Artifact) -> None:
     if console is None or len(tensors) > MANY:
         _print_columns(_tensor_header(live), (_tensor_cells(tensor, live) for tensor in tensors))
     else:
-        _print_tensors(console, tensors, live)
+        rows = [_tensor_cells(tensor, live) for tensor in tensors]
+        styles = ["" if tensor.quantized else "dim" for tensor in tensors]
+        _print_rows(console, _tensor_header(live), rows, styles, top=("scheme", "bits"))
     print()
     _print_totals(artifact)
     _print_findings(artifact.findings)
@@ -46,7 +50,8 @@ def print_comparison(comparison: Comparison) -> None:
     if console is None or len(rows) > MANY:
         _print_columns(header, map(_fidelity_cells, rows))
     else:
-        _print_fidelity(console, rows, header)
+        styles = ["red" if row.faults else "dim" if row.scheme == "plain" else "" for row in rows]
+        _print_rows(console, header, [_fidelity_cells(row) for row in rows], styles, top=("scheme",))
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     print(f"\n{len(comparison.tensors):,} tensors compared{total}")
     if equal:
@@ -166,59 +171,38 @@ def _print_columns(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> 
     """Print aligned columns, the first to the left, names never cut."""
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text = header.index("scheme")
     for cells in table:
-        aligned = (
-            cell.ljust(w) if at in (0, text) else cell.rjust(w)
-            for at, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
+        columns = zip(header, cells, widths, strict=True)
+        aligned = (cell.ljust(width) if name in LEFT else cell.rjust(width) for name, cell, width in columns)
         print("  ".join(aligned).rstrip())
 
 
-def _print_tensors(console: Console, tensors: Sequence[LogicalTensor], live: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def _print_rows(console: Console, header: Row, rows: Sequence[Row], styles: Sequence[str], top: Sequence[str]) -> None:
+    """Print a table where it fits, else two lines a row: the name and the columns of `top`, the others beneath."""
     from rich.text import Text
 
-    wide = console.width >= WIDE
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    header = _tensor_header(live)
-    table.add_column(header[0], overflow="fold", ratio=None)
-    for name in header[1:] if wide else _narrow(header[1:]):
-        table.add_column(name, justify="right", no_wrap=True)
-    for tensor in tensors:
-        name, *cells = _tensor_cells(tensor, live)
-        style = "" if tensor.quantized else "dim"
-        columns = cells if wide else _narrow(tuple(cells))
-        table.add_row(Text(name, style=style), *(Text(cell, style=style) for cell in columns))
-    console.print(table)
+    if console.width >= WIDE:
+        _print_table(console, header, rows, styles)
+        return
+    above = [header.index(name) for name in top]
+    below = [at for at in range(1, len(header)) if at not in above]
+    widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
+    for row, style in zip((header, *rows), ("bold", *styles), strict=True):
+        right = "  ".join(row[at].rjust(widths[at]) for at in above)
+        gap = console.width - len(row[0]) - len(right)
+        first = f"{row[0]}{' ' * gap}{right}" if gap > 1 else f"{row[0]}  {right}"
+        second = "  ".join(row[at].rjust(widths[at]) for at in below)
+        console.print(Text(f"{first}\n{second.rjust(console.width)}", style=style), soft_wrap=True)
 
 
-def _narrow(cells: tuple[str, ...]) -> list[str]:
-    """Stack what is stored under what it means: four columns of two lines."""
-    shape, values, stored, elements, *rest = cells
-    *trains, scheme, bits, size = rest
-    under = f"{bits} {trains[0]}" if trains else bits
-    return [f"{shape}\n{stored}", f"{values}\n{elements}", f"{scheme}\n{under}", size]
-
-
-def _print_fidelity(console: Console, rows: Sequence[Fidelity], header: tuple[str, ...]) -> None:
+def _print_table(console: Console, header: Row, rows: Sequence[Row], styles: Sequence[str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    wide = console.width >= WIDE
-    shown = header if wide else (header[0], "SQNR dB\nexpected", "gain\nbias", "max error\nworst block")
-    table.add_column(shown[0], overflow="fold")
-    for name in shown[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        name, scheme, sqnr, expected, gain, bias, error, block = _fidelity_cells(row)
-        style = "red" if row.faults else "dim" if row.scheme == "plain" else ""
-        cells = [scheme, sqnr, expected, gain, bias, error, block]
-        if not wide:
-            name = f"{name} ({scheme})"
-            cells = [f"{sqnr}\n{expected}", f"{gain}\n{bias}", f"{error}\n{block}"]
-        table.add_row(Text(name, style=style), *(Text(cell, style=style) for cell in cells))
+    for name in header:
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold", no_wrap=name not in LEFT)
+    for row, style in zip(rows, styles, strict=True):
+        table.add_row(*(Text(cell, style=style) for cell in row))
     console.print(table)

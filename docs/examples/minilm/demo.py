@@ -13,6 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from pytest_quantcheck import count_params
+
 ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = Path(".demo/minilm")
 QUANTIZED = Path(".demo/minilm-nf4")
@@ -24,7 +26,8 @@ def main() -> int:
     model = quantize()
     naive = sum(parameter.numel() for parameter in model.parameters())
     print(f"saved to {QUANTIZED}, quantized on {model.device}")
-    print(f"sum(p.numel() for p in model.parameters()) says {naive:,} parameters. Were 5 million lost?")
+    lost = count_params(REFERENCE) - naive
+    print(f"sum(p.numel() for p in model.parameters()) says {naive:,} parameters: were {lost:,} lost?")
 
     _title(f"2. quantcheck inspect {QUANTIZED}")
     _run("pytest_quantcheck", "inspect", str(QUANTIZED))
@@ -77,11 +80,12 @@ def _link(weights: Path) -> None:
 
 
 def _run(module: str, *arguments: str) -> int:
+    sys.stdout.flush()
     return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
 
 
 def _title(text: str) -> None:
-    print(f"\n\033[1m{text}\033[0m\n" if sys.stdout.isatty() else f"\n== {text}\n", flush=True)
+    print(f"\n\033[1m{text}\033[0m\n" if sys.stdout.isatty() else f"\n== {text}\n")
 
 
 if __name__ == "__main__":
