@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
@@ -23,8 +24,8 @@ class _Target(NamedTuple):
     text: str
 
     def holds(self, measured: int) -> bool:
-        # Written so that NaN on either side fails.
-        return abs(measured - self.value) <= self.allowed
+        # NaN fails, whichever number it is.
+        return self.value.is_finite() and abs(measured - self.value) <= self.allowed
 
 
 def check_logical_params(
@@ -62,7 +63,7 @@ def check_trainable_params(
 
 
 def _target(expected: Expected, rel: float | None, abs_: float | None) -> _Target:
-    if isinstance(expected, bool) or not isinstance(expected, (int, float, str)):
+    if isinstance(expected, bool) or not isinstance(expected, (Real, str)):
         raise TypeError(f"expected `{expected}` is neither a count nor text such as `7.24B`")
     if isinstance(expected, str):
         if rel is not None or abs_ is not None:
@@ -70,11 +71,13 @@ def _target(expected: Expected, rel: float | None, abs_: float | None) -> _Targe
         value, half = parse_count(expected)
         return _Target(value, half, f"{expected} (rounded as written)")
     if rel is None and abs_ is None:
-        rel = REL if isinstance(expected, float) else 0.0
-    # Through repr: 0.001 is meant as written, not as the nearest binary fraction.
-    value = Decimal(repr(expected))
-    allowed = max(Decimal(repr(rel or 0.0)) * value.copy_abs(), Decimal(repr(abs_ or 0.0)))
-    shown = f"{expected:,}" if isinstance(expected, int) else f"{expected:,.15g}"
+        rel = 0.0 if isinstance(expected, Integral) else REL
+    # Through text: 0.001 is meant as written, not as the nearest binary fraction.
+    value = Decimal(str(expected))
+    if not value.is_finite():
+        return _Target(value, Decimal(0), f"{expected}")
+    allowed = max(Decimal(str(rel or 0.0)) * value.copy_abs(), Decimal(str(abs_ or 0.0)))
+    shown = f"{value:,.15g}"
     return _Target(value, allowed, f"{shown} exactly" if not allowed else f"{shown} +/- {allowed:,.0f}")
 
 

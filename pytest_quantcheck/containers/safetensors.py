@@ -248,8 +248,8 @@ def _find_weights(folder: str, present: Mapping[str, int]) -> list[str]:
         if SHARD.search(found[0]):
             raise FormatError(f"holds the shard `{found[0]}`, but no index and no other shard", file=folder)
         return found
-    counts = {match.group(1) for name in found if (match := SHARD.search(name))}
-    if len(counts) == 1 and int(counts.pop()) == len(found):
+    announced = {match.group(1) if (match := SHARD.search(name)) else "" for name in found}
+    if announced == {f"{len(found):0{len(min(announced))}}"}:
         return found
     raise FormatError(
         f"holds {len(found)} safetensors files and no index ({', '.join(found[:3])} ...): name one", file=folder
