@@ -92,7 +92,9 @@ def test_a_missing_layer_is_named(tmp_path, layers, why):
 def test_a_layer_that_lost_a_tensor_is_named(tmp_path):
     entries = [e for e in layouts.mistral_7b() if not e.name.startswith("model.layers.7.mlp.up_proj")]
     folder = layouts.write_folder(tmp_path / "m", entries, layouts.MISTRAL_CONFIG)
-    with pytest.raises(AssertionError, match=r"`model\.layers\.7` has 159,391,744 parameters, its siblings 218,112,000"):
+    with pytest.raises(
+        AssertionError, match=r"`model\.layers\.7` has 159,391,744 parameters, its siblings 218,112,000"
+    ):
         assert_logical_params(folder, MISTRAL)
 
 

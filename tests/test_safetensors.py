@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -45,7 +46,7 @@ BAD = [
     ("text-after-the-json", raw_file(json.dumps(ONE).encode() + b"{}", b"xx"), "not JSON"),
     ("nested-too-deep", raw_file(b'{"a":' + b"[" * 100_000), "nested"),
     ("nan-literal", raw_file(b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,2]}}', b"xx"), "NaN"),
-    ("integer-of-5000-digits", raw_file(b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,2]}}'), "JSON"),
+    ("integer-of-5000-digits", raw_file(b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b"]}}"), "JSON"),
     ("unknown-dtype", raw_file({"a": entry("Q4")}, b"xx"), "unknown dtype `Q4`"),
     ("dtype-is-no-text", raw_file({"a": entry(["U8"])}, b"xx"), "unknown dtype"),
     ("field-missing", raw_file({"a": {"dtype": "U8", "shape": [2]}}, b"xx"), "exactly"),
@@ -66,7 +67,7 @@ BAD = [
     ("trailing-bytes", raw_file(ONE, b"xxPK"), "2 bytes follow"),
     ("duplicate-tensor", raw_file(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"a":{"dtype":"U8","shape":[2],'
                                   b'"data_offsets":[0,2]}}', b"xx"), "appears twice"),
-    ("duplicate-field", raw_file(b'{"a":{"dtype":"U8","dtype":"I8","shape":[2],"data_offsets":[0,2]}}', b"xx"), "exactly"),
+    ("duplicate-field", raw_file(b'{"a":{"dtype":"U8","dtype":"I8","shape":[2],"data_offsets":[0,2]}}'), "exactly"),
     ("metadata-of-numbers", raw_file({"__metadata__": {"a": 1}}), "strings"),
     ("metadata-twice", raw_file(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
     ("metadata-key-twice", raw_file(b'{"__metadata__":{"a":"b","a":"c"}}'), "duplicate key `a`"),
@@ -140,17 +141,17 @@ def test_never_reads_what_the_library_refuses(data):
     except FormatError:
         return
     theirs = dict(safetensors.deserialize(bytes(raw)))
-    assert {name: list(shape) for name, (_, shape, _, _) in ours.items()} == {n: list(c["shape"]) for n, c in theirs.items()}
+    assert {name: list(shape) for name, (_, shape, _, _) in ours.items()} == {
+        n: list(c["shape"]) for n, c in theirs.items()
+    }
 
 
 @given(st.binary(max_size=200))
 @example(struct.pack("<Q", 2) + b"{}")
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_give_an_error_or_a_header(raw):
-    try:
-        parse(raw)
-    except FormatError as error:
-        assert "\n" not in str(error)
+    with contextlib.suppress(FormatError):
+        assert parse(raw).data_start <= len(raw)
 
 
 # Folders.
@@ -237,8 +238,16 @@ FOLDERS = [
     ("shard-links-outside", linked_outside, "outside its folder"),
     ("index-names-a-missing-shard", missing_shard, "no such file"),
     ("index-names-a-pickle", lambda f: sharded(f, a="pytorch_model.bin"), "not a safetensors file"),
-    ("index-names-a-tensor-its-shard-lacks", lambda f: sharded(f, c="model-00002-of-00002.safetensors"), "not in its shard"),
-    ("index-leaves-a-tensor-out", lambda f: sharded(f, b=None, c="model-00002-of-00002.safetensors"), "puts it nowhere"),
+    (
+        "index-names-a-tensor-its-shard-lacks",
+        lambda f: sharded(f, c="model-00002-of-00002.safetensors"),
+        "not in its shard",
+    ),
+    (
+        "index-leaves-a-tensor-out",
+        lambda f: sharded(f, b=None, c="model-00002-of-00002.safetensors"),
+        "puts it nowhere",
+    ),
     ("tensor-in-two-shards", twice, "also in another shard"),
     ("truncated-shard", truncated, "truncated"),
     ("index-and-single-file", both, "name one"),
@@ -321,7 +330,14 @@ def test_thousands_of_shards_need_few_descriptors(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("../a", "parent"), ("/a", "absolute"), ("a/../../b", "parent-inside"), ("a\0b", "nul"), ("a\\b", "backslash"), ("", "empty")],
+    [
+        ("../a", "parent"),
+        ("/a", "absolute"),
+        ("a/../../b", "parent-inside"),
+        ("a\0b", "nul"),
+        ("a\\b", "backslash"),
+        ("", "empty"),
+    ],
 )
 def test_names_that_leave_the_folder_are_never_opened(name, reason, tmp_path):
     with pytest.raises(FormatError, match="only files beneath"):

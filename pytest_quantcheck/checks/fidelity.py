@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.quantities import format_shape
+from pytest_quantcheck.quantities import counted, format_shape
 from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def check_fidelity(comparison: Comparison) -> Verdict:
     errors = [finding for finding in comparison.findings if finding.severity == "error"]
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     wrong = {finding.tensor for finding in errors if finding.tensor}
-    headline = f"fidelity: {len(comparison.tensors):,} tensors compared{total}, {len(wrong):,} wrong"
+    headline = f"fidelity: {counted(len(comparison.tensors), 'tensor')} compared{total}, {len(wrong):,} wrong"
     by_tensor: dict[str | None, list[str]] = {}
     for finding in errors:
         by_tensor.setdefault(finding.tensor, []).append(finding.message)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.quantities import counted
 
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -53,7 +54,7 @@ def whole_layers(artifact: Artifact, difference: int) -> str | None:
         (size, _), *_ = Counter(layers.values()).most_common(1)
         if len(layers) > 1 and size and difference % size == 0:
             count = abs(difference) // size
-            return f"exactly {count} layer{'s' * (count > 1)} of `{stack}` ({size:,} parameters each)"
+            return f"exactly {counted(count, 'layer')} of `{stack}` ({size:,} parameters each)"
     return None
 
 

@@ -77,7 +77,7 @@ def _target(expected: Expected, rel: float | None, abs_: float | None) -> _Targe
     if not value.is_finite():
         return _Target(value, Decimal(0), f"{expected}")
     allowed = max(Decimal(str(rel or 0.0)) * value.copy_abs(), Decimal(str(abs_ or 0.0)))
-    shown = f"{value:,.15g}"
+    shown = f"{value.normalize():,f}"
     return _Target(value, allowed, f"{shown} exactly" if not allowed else f"{shown} +/- {allowed:,.0f}")
 
 

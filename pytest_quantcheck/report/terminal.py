@@ -12,7 +12,7 @@ from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.verdict import WORST
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.quantities import format_count, format_shape, format_size
+from pytest_quantcheck.quantities import counted, format_count, format_shape, format_size
 from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def print_comparison(comparison: Comparison) -> None:
         styles = ["red" if row.faults else "dim" if row.scheme == "plain" else "" for row in rows]
         _print_rows(console, header, [_fidelity_cells(row) for row in rows], styles, top=("scheme",))
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
-    print(f"\n{len(comparison.tensors):,} tensors compared{total}")
+    print(f"\n{counted(len(comparison.tensors), 'tensor')} compared{total}")
     if equal:
         print(f"{len(equal):,} plain tensors are equal to the reference")
     _print_findings(comparison.findings)
@@ -85,7 +85,7 @@ def artifact_lines(artifact: Artifact) -> Iterator[str]:
         if size:
             yield f"  {kind:<17} {size / artifact.file_bytes:6.1%}  {format_size(size)}"
     for name, total in artifact.schemes.items():
-        yield f"{name:<19} {total.tensors:,} tensors, {total.params:,} parameters, {format_size(total.bytes)}"
+        yield f"{name:<19} {counted(total.tensors, 'tensor')}, {counted(total.params, 'parameter')}, {format_size(total.bytes)}"
 
 
 def finding_line(finding: Finding) -> str:
