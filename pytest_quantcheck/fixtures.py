@@ -64,7 +64,7 @@ def load_quantized(request: pytest.FixtureRequest, quant_device: str) -> Callabl
 
 @pytest.fixture
 def quantized_model(request: pytest.FixtureRequest, load_quantized: Callable[..., Any]) -> Any:
-    """The live model of `@pytest.mark.quantized(path_or_factory, ...)`, on the best device there is.
+    """The live model of `@pytest.mark.quantized(path)` or `(factory=...)`, on the best device there is.
 
     Consecutive tests with the same mark share one model, so do not change it; tests are ordered to make that so.
     """
@@ -86,19 +86,27 @@ def quantized_checkpoint(request: pytest.FixtureRequest) -> Artifact:
 def model_key(item: pytest.Item) -> object:
     """Return what tests that can share a model have in common, None for tests without a model."""
     marker = item.get_closest_marker(MARKER)
-    if marker is None or not marker.args:
+    source = None if marker is None else _source(marker)
+    if marker is None or source is None:
         return None
-    source = marker.args[0]
     return (source if callable(source) else os.fspath(source), repr(sorted(marker.kwargs.items())))
+
+
+def _source(marker: pytest.Mark) -> ModelSource | None:
+    """The path or factory of a mark; pytest takes a lone named function for the test, so `factory=` names it."""
+    sources = [*marker.args, *(marker.kwargs[name] for name in ("factory",) if name in marker.kwargs)]
+    return sources[0] if len(sources) == 1 else None
 
 
 def _marked(request: pytest.FixtureRequest) -> tuple[ModelSource, dict[str, Any]]:
     marker = request.node.get_closest_marker(MARKER)
-    if marker is None or len(marker.args) != 1:
+    source = None if marker is None else _source(marker)
+    if marker is None or source is None:
         pytest.fail(
-            f"fixture `{request.fixturename}` needs @pytest.mark.quantized(path_or_factory) on the test", pytrace=False
+            f"fixture `{request.fixturename}` needs @pytest.mark.quantized(path) or (factory=...) on the test",
+            pytrace=False,
         )
-    return marker.args[0], {name: value for name, value in marker.kwargs.items() if name != "device"}
+    return source, {name: value for name, value in marker.kwargs.items() if name not in ("device", "factory")}
 
 
 def _resolve(path: str | os.PathLike[str], request: pytest.FixtureRequest) -> str:

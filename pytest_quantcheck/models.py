@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,8 +43,9 @@ class Loader:
         if self.key is None:
             return
         self.key = self.model = None
-        # The frames of the last failed test still hold its locals, the model among them.
-        traceback.clear_frames(getattr(sys, "last_traceback", None))
+        # The last failed test keeps its locals alive for a post-mortem, until the next test is called: too late.
+        for name in ("last_exc", "last_value", "last_traceback", "last_type"):
+            vars(sys).pop(name, None)
         devices.release()
 
 

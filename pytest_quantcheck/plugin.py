@@ -37,8 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     config.addinivalue_line(
         "markers",
-        "quantized(path_or_factory, *, device=None, **options): the quantized model of this test, for the fixtures "
-        "quantized_model (live) and quantized_checkpoint (headers only); options go to from_pretrained or the factory",
+        "quantized(path, *, factory=None, device=None, **options): the model of this test, a checkpoint or what "
+        "factory(device) returns, for the fixtures quantized_model (live) and quantized_checkpoint (headers only); "
+        "options go to from_pretrained or to the factory",
     )
 
 

@@ -15,12 +15,6 @@ MISTRAL = 7_241_732_096
 NAIVE = 3_752_071_168
 
 
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mistral") / "mistral-7b-nf4"
-    return layouts.write_folder(folder, layouts.mistral_7b(), layouts.MISTRAL_CONFIG)
-
-
 def quantcheck(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest_quantcheck", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.quantities import format_size
+from pytest_quantcheck.quantities import counted, format_size
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 SAMPLE = 4096
@@ -32,9 +32,8 @@ def check_intact(artifact: Artifact, *, values: bool = True, allow: Sequence[str
     if values:
         findings += [*_not_finite(artifact), *_duplicates(artifact)]
     serious = [finding for finding in findings if finding.severity != "note" and finding.check not in allow]
-    headline = (
-        f"integrity: {len(artifact.tensors):,} tensors, {format_size(artifact.file_bytes)}, {len(serious)} findings"
-    )
+    size = f"{counted(len(artifact.tensors), 'tensor')}, {format_size(artifact.file_bytes)}"
+    headline = f"integrity: {size}, {counted(len(serious), 'finding')}"
     lines = [_line(finding) for finding in sorted(serious, key=lambda finding: finding.severity)]
     return Verdict("checkpoint-intact", not serious, headline, tuple(worst(lines)), tuple(findings))
 

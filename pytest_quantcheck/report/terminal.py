@@ -85,7 +85,8 @@ def artifact_lines(artifact: Artifact) -> Iterator[str]:
         if size:
             yield f"  {kind:<17} {size / artifact.file_bytes:6.1%}  {format_size(size)}"
     for name, total in artifact.schemes.items():
-        yield f"{name:<19} {counted(total.tensors, 'tensor')}, {counted(total.params, 'parameter')}, {format_size(total.bytes)}"
+        held = (counted(total.tensors, "tensor"), counted(total.params, "parameter"), format_size(total.bytes))
+        yield f"{name:<19} {', '.join(held)}"
 
 
 def finding_line(finding: Finding) -> str:
