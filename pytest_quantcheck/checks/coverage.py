@@ -9,6 +9,7 @@ from typing import Literal
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.verdict import Verdict, named, worst
+from pytest_quantcheck.quantities import counted
 from pytest_quantcheck.tensor import LogicalTensor
 
 Patterns = str | Sequence[str]
@@ -94,9 +95,7 @@ def _check(artifact: Artifact, patterns: Patterns, *, quantized: bool) -> Verdic
         selected |= {tensor.name: tensor for tensor in (matrices if quantized and matrices else group)}
     wrong = [tensor for tensor in selected.values() if tensor.quantized is not quantized]
     state = "quantized" if quantized else "left unquantized"
-    headline = (
-        f"{len(selected) - len(wrong):,} of {len(selected):,} tensors that {_listed(patterns)} matches are {state}"
-    )
+    headline = f"{len(selected) - len(wrong):,} of {counted(len(selected), 'tensor')} that {_listed(patterns)} matches are {state}"
     return Verdict(check, not wrong, headline, tuple(_largest(wrong)))
 
 
