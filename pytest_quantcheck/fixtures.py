@@ -34,7 +34,10 @@ def quant_device(request: pytest.FixtureRequest) -> str:
         or config.getini("quantcheck_device")
         or devices.AUTO
     )
-    device = devices.choose(str(wanted), worker=_worker(config))
+    try:
+        device = devices.choose(str(wanted), worker=_worker(config))
+    except ValueError as error:
+        pytest.fail(f"quantcheck: {error}", pytrace=False)
     require_gpu = config.getoption("quantcheck_require_gpu") or config.getini("quantcheck_require_gpu")
     if device.missing and not require_gpu:
         pytest.skip(f"quantcheck: {device.missing}")

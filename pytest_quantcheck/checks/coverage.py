@@ -95,7 +95,8 @@ def _check(artifact: Artifact, patterns: Patterns, *, quantized: bool) -> Verdic
         selected |= {tensor.name: tensor for tensor in (matrices if quantized and matrices else group)}
     wrong = [tensor for tensor in selected.values() if tensor.quantized is not quantized]
     state = "quantized" if quantized else "left unquantized"
-    headline = f"{len(selected) - len(wrong):,} of {counted(len(selected), 'tensor')} that {_listed(patterns)} matches are {state}"
+    total = counted(len(selected), "tensor")
+    headline = f"{len(selected) - len(wrong):,} of {total} that {_listed(patterns)} matches are {state}"
     return Verdict(check, not wrong, headline, tuple(_largest(wrong)))
 
 
