@@ -56,10 +56,6 @@ FLOORS_DB = {
     "fp4": ((64, 15.0), (128, 13.9), (256, 12.3), (4096, 5.0)),
 }
 
-# transformers stores these models' Conv1D weights as [in, out] and bitsandbytes as [out, in].
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-
 
 class Layout(NamedTuple):
     """What the quantization state says beside its tensors."""
@@ -113,7 +109,6 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.blocksize,
-        transposed=_is_conv1d(name, state, namespace),
         floor_db=_floor_db(layout),
     )
     _check(tensor, layout)
@@ -207,8 +202,7 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     state = getattr(weight, "quant_state", None) or getattr(owner, "quant_state", None)
     sizes = [getattr(owner, attribute, None) for attribute in _SIZES]
     features = tuple(size for size in sizes if size is not None)
-    conv1d = getattr(getattr(owner, "source_cls", None), "__name__", "") == "Conv1D"
-    return _show("weight", weight, state, features=features, conv1d=conv1d)
+    return _show("weight", weight, state, features=features)
 
 
 _SIZES = ("out_features", "in_features", "num_embeddings", "embedding_dim")
@@ -220,9 +214,7 @@ def expose_parametrization(owner: Any, name: str) -> Mapping[str, Any] | None:
     return _show("original", owner._parameters["original"], states[0]) if states else None
 
 
-def _show(
-    name: str, weight: Any, state: Any, *, features: tuple[int, ...] = (), conv1d: bool = False
-) -> dict[str, Any] | None:
+def _show(name: str, weight: Any, state: Any, *, features: tuple[int, ...] = ()) -> dict[str, Any] | None:
     if state is None:
         return _show_without_state(name, weight, features)
     shown = {name: weight, f"{name}.absmax": state.absmax, f"{name}.quant_map": state.code}
@@ -230,7 +222,6 @@ def _show(
         "quant_type": state.quant_type,
         "blocksize": state.blocksize,
         "shape": list(state.shape),
-        "conv1d": conv1d,
         "packed_for_cpu": getattr(state, "packing_format_for_cpu", False),
     }
     if state.nested:
@@ -323,14 +314,6 @@ def _pending(weight: StoredTensor, state: StoredTensor) -> LogicalTensor:
     """A meta tensor that will be loaded and quantized: counted by its shape, which is still the logical one."""
     parts = (Part("weight", "unquantized", weight), Part("quant_state", "bookkeeping", state))
     return LogicalTensor(weight.name, weight.shape, "plain", "parameter", parts, None)
-
-
-def _is_conv1d(name: str, state: Mapping[str, Any], namespace: Namespace) -> bool:
-    if state.get("conv1d"):
-        return True
-    components = name.split(".")
-    layer = components[-2] if len(components) > 1 else ""
-    return namespace.config.get("model_type") in CONV1D_MODELS and layer in CONV1D_LAYERS
 
 
 def _floor_db(layout: Layout) -> float | None:
