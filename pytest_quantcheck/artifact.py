@@ -102,8 +102,8 @@ class Artifact:
     @cached_property
     def tied_params(self) -> int:
         """The logical parameters that appear a second time, under another name, and are not counted again."""
-        by_stored = {tensor.stored.name: tensor for tensor in self.parameters}
-        aliased = sum(by_stored[first].params for first in self.aliases.values() if first in by_stored)
+        by_name = {tensor.name: tensor for tensor in self.parameters}
+        aliased = sum(by_name[first].params for first in self.aliases.values() if first in by_name)
         return aliased + sum(tensor.params for tensor in self.tensors if tensor.role == "tied")
 
     @cached_property
@@ -204,6 +204,8 @@ def _artifact(container: Container) -> Artifact:
         tensors = schemes.logical_tensors(container)
     except FormatError as error:
         raise error.at(file=container.source) from None
+    logical = {tensor.stored.name: tensor.name for tensor in tensors}
+    aliases = {alias: logical.get(first, first) for alias, first in container.aliases.items()}
     tensors, findings = _mark_tied_head(tensors, container)
     return Artifact(
         container.source,
@@ -211,7 +213,7 @@ def _artifact(container: Container) -> Artifact:
         tuple(tensors),
         container.file_bytes,
         container.overhead,
-        container.aliases,
+        aliases,
         container.configs,
         (*container.findings, *findings),
     )

@@ -118,6 +118,18 @@ def test_a_shared_module_of_packed_parameters_counts_once():
     assert (artifact.logical_params, artifact.tied_params) == (18, 18)
 
 
+@pytest.mark.parametrize("share", ["module", "parameter"])
+def test_a_tied_quantized_weight_has_the_name_of_its_parameter(share):
+    library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    first, second = linear(), linear()
+    library.quantize_(first, library.Int8WeightOnlyConfig(version=2))
+    second.weight = first.weight
+    artifact = inspect(holder(first=first, second=first if share == "module" else second))
+    assert dict(artifact.aliases) == {"second.weight": "first.weight"}
+    assert (artifact.logical_params, artifact.tied_params) == (15, 15)
+    assert artifact.tensor("second.weight").scheme == "torchao-int8"
+
+
 def test_wrappers_leave_no_trace_in_names():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

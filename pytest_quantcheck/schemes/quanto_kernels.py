@@ -40,7 +40,7 @@ PARTS: dict[str, ByteClass] = {
     "scale_shift": "scales",
     "workspace": "bookkeeping",
 }
-BITS = {"tinygemm": 4, "tinygemm-cuda": 4, "awq": 4, "marlin": 4, "marlin-f8": 8}
+BITS = {"tinygemm": 4, "tinygemm-cuda": 4, "awq": 4, "awq-v1": 4, "marlin": 4, "marlin-f8": 8}
 
 
 class Layout(NamedTuple):
@@ -131,8 +131,10 @@ def expose_tinygemm(owner: Any, name: str) -> Mapping[str, Any]:
 
 
 def expose_awq(owner: Any, name: str) -> Mapping[str, Any]:
-    """Show a live `AWQWeightQBitsTensor`."""
-    return _show(owner, name, "awq", {"codes": owner._data._data, "scale": owner._scale, "shift": owner._shift})
+    """Show a live `AWQWeightQBitsTensor`, which packs in the second of two ways."""
+    codes = owner._data._data
+    kernel = "awq" if str(codes.dtype) == "torch.int16" else "awq-v1"
+    return _show(owner, name, kernel, {"codes": codes, "scale": owner._scale, "shift": owner._shift})
 
 
 def expose_marlin(owner: Any, name: str) -> Mapping[str, Any]:
