@@ -48,10 +48,8 @@ def quantized(configuration: str, rows: int, columns: int, dtype=torch.float32, 
         library = _library()
         torch.manual_seed(rows * columns)
         model = nn.Sequential(nn.Linear(columns, rows, bias=False).to(dtype))
-        for name in ("granularity", "weight_dtype"):
-            if name in options and callable(options[name]):
-                options[name] = options[name](library)
-        library.quantize_(model, getattr(library, configuration)(**options))
+        made = {name: option(library) if callable(option) else option for name, option in options.items()}
+        library.quantize_(model, getattr(library, configuration)(**made))
         return _made(model[0].weight.data, tolerance=2**-7 if dtype == torch.bfloat16 else 0.0)
 
     return make
@@ -190,6 +188,10 @@ def group(size: int):
     return lambda library: library.PerGroup(size)
 
 
+def whole(library):
+    return library.PerTensor()
+
+
 BF16, F32 = torch.bfloat16, torch.float32
 FP4, FP8 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
 
@@ -204,9 +206,19 @@ CASES = [
            quantized("IntxWeightOnlyConfig", 7, 48, weight_dtype=intx(bits), granularity=group(16)),
            f"torchao-int{bits}", (7, 48), bytes={"codes": 7 * 48, "scales": 7 * 3 * 4, "zero_points": 7 * 3})
       for bits in (2, 3, 4, 5, 8)),
+    Case("torchao-int4-asymmetric",
+         quantized("IntxWeightOnlyConfig", 7, 48, weight_dtype=intx(4), granularity=group(16),
+                   mapping_type=lambda library: library.MappingType.ASYMMETRIC), "torchao-int4", (7, 48)),
+    Case("torchao-int4-dynamic",
+         quantized("Int8DynamicActivationIntxWeightConfig", 7, 64, weight_dtype=intx(4),
+                   weight_granularity=group(32)), "torchao-int4", (7, 64)),
+    Case("torchao-int8-tensor", quantized("Int8WeightOnlyConfig", 12, 20, granularity=whole, version=2),
+         "torchao-int8", (12, 20)),
     Case("torchao-float8-row", quantized("Float8WeightOnlyConfig", 12, 20), "torchao-float8", (12, 20)),
     Case("torchao-float8-tensor", float8("PerTensor", 12, 20), "torchao-float8", (12, 20)),
     Case("torchao-float8-e5m2", float8("PerRow", 12, 20, dtype=torch.float8_e5m2), "torchao-float8", (12, 20)),
+    Case("torchao-float8-blocks", float8("PerBlock", 12, 20, (3, 5)), "torchao-float8", (12, 20),
+         bytes={"codes": 240, "scales": 4 * 4 * 4}),
     Case("torchao-float8-experts", float8_experts, "torchao-float8", (3, 6, 20)),
     Case("torchao-nvfp4", nvfp4(7, 48, swizzled=False), "torchao-nvfp4", (7, 48), bytes={"codes": 168, "scales": 21}),
     Case("torchao-nvfp4-swizzled", nvfp4(96, 256, swizzled=True, outer=True), "torchao-nvfp4", (96, 256),
