@@ -181,6 +181,11 @@ def test_a_fake_tensor_is_an_error():
         inspect(model)
 
 
+def test_a_sparse_tensor_is_an_error():
+    with pytest.raises(UnknownEncoding, match="weight: is a sparse_coo tensor"):
+        inspect(holding(torch.eye(3).to_sparse()))
+
+
 def test_a_tensor_class_nobody_knows_is_an_error():
     class Wrapped(torch.Tensor):
         @staticmethod
