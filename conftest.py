@@ -6,7 +6,8 @@ In README.md and docs/**/*.md, in a folder with the checkpoints of `checkpoints`
                  saved as a file (its first line may name it: `# test_release.py`) and run by pytest, and must pass
                  unless a shell session of the page runs it by name. The demo's own test file is left to `make demo`
     ```console   each `$ quantcheck ...` and `$ pytest ...` is run in a terminal of 80 columns, and its output must
-                 be what is shown; a line `...` stands for any lines. Other commands are not run
+                 be what is shown; a line `...` stands for any lines. Other commands are not run, nor is pytest
+                 without a file of the page
     ```toml      must parse
 """
 
@@ -24,7 +25,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from sybil import Sybil
+from sybil import Example, Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.evaluators.doctest import DocTestEvaluator
 from sybil.evaluators.python import PythonEvaluator
@@ -50,7 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder / "tiny-llama")
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(
         folder / "tiny-llama", quantization_config=nf4, device_map={"": "cpu"}, dtype=torch.bfloat16
     ).save_pretrained(folder / "tiny-llama-nf4")
@@ -58,7 +59,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_python(example):
+def run_python(example: Example) -> str | None:
     """Run a block of Python, or the tests it defines."""
     source = str(example.parsed)
     if source == DEMO.read_text():
@@ -71,7 +72,8 @@ def run_python(example):
         return PythonEvaluator()(example)
 
 
-def run_doctests(source, example):
+def run_doctests(source: str, example: Example) -> str | None:
+    """Run the examples of a block one after the other and return the first failure."""
     for region in DocTestStringParser(DocTestEvaluator())(source, example.document.path):
         example.parsed = region.parsed
         failure = region.evaluator(example)
@@ -80,24 +82,28 @@ def run_doctests(source, example):
     return None
 
 
-def run_tests(source, example):
+def run_tests(source: str, example: Example) -> str | None:
     """Save the block as a test file and run it in this process, where torch is imported already."""
     named = re.match(r"# (test_\w+\.py)\n", source)
     path = Path(named.group(1) if named else f"test_{Path(example.path).stem}_{example.line}.py")
     path.write_text(source)
     if f"$ pytest {path}" in example.document.text:
         return None
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir=.", "-c", os.devnull, path])
+    code = pytest.main(
+        ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir=.", "-c", os.devnull, path]
+    )
     return f"pytest ended with {code!r}" if code else None
 
 
-def run_console(example):
+def run_console(example: Example) -> str | None:
     """Run the commands of a shell session and compare what they print with what is shown."""
     for session in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
         command, _, shown = session.partition("\n")
         program, *arguments = shlex.split(command, comments=True)
         module = MODULES.get(program)
-        if module is None or importlib.util.find_spec(f"{module}.__main__") is None:
+        if module is None or ">" in arguments or importlib.util.find_spec(f"{module}.__main__") is None:
+            continue
+        if program == "pytest" and not any(argument.endswith(".py") for argument in arguments):
             continue
         printed = in_terminal([sys.executable, "-m", module, *arguments], cwd=example.namespace["checkpoints"])
         if not matches(shown, printed):
@@ -105,7 +111,7 @@ def run_console(example):
     return None
 
 
-def in_terminal(command, cwd):
+def in_terminal(command: list[str], cwd: Path) -> str:
     """Return what a command prints in a terminal of 80 columns that knows no colours."""
     import fcntl
     import pty
@@ -127,7 +133,7 @@ def in_terminal(command, cwd):
     return b"".join(chunks).decode().replace("\r\n", "\n")
 
 
-def matches(shown, printed):
+def matches(shown: str, printed: str) -> bool:
     """Whether the printed lines are those shown, `...` lines standing for any number of them, times for any time."""
     wanted = [re.sub(r"in \d+\.\d+s", "in #s", line.rstrip()) for line in shown.strip().splitlines()]
     pattern = "\n".join(r"(?:.*\n)*?.*" if line == "..." else re.escape(line) for line in wanted)
@@ -135,7 +141,8 @@ def matches(shown, printed):
     return re.fullmatch(pattern, re.sub(r"in \d+\.\d+s", "in #s", lines)) is not None
 
 
-def parse_toml(example):
+def parse_toml(example: Example) -> None:
+    """Fail where a configuration is not TOML."""
     tomllib.loads(str(example.parsed))
 
 

@@ -15,7 +15,7 @@ project_copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "scheme_pages"]
 exclude_patterns = ["_build", "_generated", "_ext", "examples"]
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 # Docstrings say `name` as Markdown does.
