@@ -34,7 +34,7 @@ def test_readme_quotes_the_test_file_of_the_demo():
 @pytest.mark.parametrize("name", pytest_quantcheck.__all__)
 def test_every_public_name_has_a_docstring_and_a_place_in_the_reference(name):
     assert inspect.getdoc(getattr(pytest_quantcheck, name)), f"{name} has no docstring"
-    assert re.search(rf"^\.\. auto\w+:: pytest_quantcheck\.{name}$", PAGES["reference/api.md"], re.MULTILINE)
+    assert re.search(rf"^\.\. auto\w+:: pytest_quantcheck\.{name}(\(\))?$", PAGES["reference/api.md"], re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", sorted(cli.cli.commands))
@@ -108,6 +108,19 @@ def test_json_has_null_where_there_is_no_finite_value(tmp_path):
     json.dumps(document, allow_nan=False)
 
 
+def test_floors_in_the_table_are_those_applied():
+    from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain
+
+    page = PAGES["howto/fidelity.md"]
+    for kind, floors in bnb_4bit.FLOORS_DB.items():
+        for block, floor in floors:
+            assert f"{kind.upper()}, block {block} | {floor} |" in page
+    assert f"LLM.int8 | {bnb_8bit.FLOOR_DB} |" in page
+    assert f"bfloat16, float16 | {plain.FLOORS_DB['BF16']} |" in page
+    assert f"float32, float64 | {plain.FLOORS_DB['F32']} |" in page
+    assert f"float8 e4m3 / e5m2 | {plain.FLOORS_DB['F8_E4M3']} / {plain.FLOORS_DB['F8_E5M2']} |" in page
+
+
 def test_pages_build_without_torch():
     """What the documentation imports is the light half."""
     code = (
@@ -151,7 +164,7 @@ def _keys(value, path="", variable=MappingProxyType({})):
 
 
 def _documented(title):
-    section = PAGES["reference/json.md"].partition(f"## {title}\n")[2].partition("\n## ")[0]
+    section = PAGES["reference/json.md"].partition(f"## `{title}`\n")[2].partition("\n## ")[0]
     keys = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
     assert len(keys) == len(set(keys))
     return set(keys)

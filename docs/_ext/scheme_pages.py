@@ -28,18 +28,19 @@ def markdown() -> str:
 
 def section(scheme) -> str:
     """Return the section of one scheme: what it is called, where it comes from, how it is laid out."""
+    docstring = sys.modules[scheme.claim.__module__].__doc__ or ""
     facts = [
         ("name", f"`{scheme.name}`"),
         ("variants", variants(scheme)),
         ("`quant_method`", ", ".join(f"`{method}`" for method in scheme.methods)),
         ("live classes", ", ".join(f"`{name}`" for name in scheme.live)),
-        ("source", escaped(scheme.source)),
+        ("source", "" if "\nSource:" in docstring else escaped(scheme.source)),
         ("verified against", escaped(scheme.verified)),
         ("decoded on", escaped(scheme.decoded)),
     ]
     lines = [f"| {name} | {value} |" for name, value in facts if value]
-    body = docstring_markdown(sys.modules[scheme.claim.__module__].__doc__ or "")
-    return "\n".join([f"({anchor(scheme)})=", f"## {scheme.title}", "", "| | |", "|---|---|", *lines, "", body, ""])
+    title = [f"({anchor(scheme)})=", f"## {scheme.title}", ""]
+    return "\n".join([*title, "| | |", "|---|---|", *lines, "", docstring_markdown(docstring), ""])
 
 
 def anchor(scheme) -> str:
