@@ -137,8 +137,7 @@ class _Walk:
     def _add(self, name: str, tensor: Any, place: _Place, role: Role, trainable: bool | None) -> bool:
         """Add a tensor under its own name and return whether it is tied to one seen before."""
         name = _name(name, place)
-        if not isinstance(tensor, Placed):
-            live_tensor.refuse(tensor, name)
+        live_tensor.refuse(tensor, name)
         identity = live_tensor.identity(tensor)
         first = self.names.get(identity)
         if first is not None and not (role == "parameter" and self.tensors[first].role == "buffer"):

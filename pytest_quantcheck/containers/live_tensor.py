@@ -182,6 +182,8 @@ def _footprint(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[
 
 def refuse(tensor: Any, name: str) -> None:
     """Raise where a tensor has no values to come, or a storage of its own that only a scheme knows."""
+    if isinstance(tensor, Placed):
+        return
     kinds = {cls.__name__ for cls in type(tensor).__mro__ if cls.__module__.startswith("torch.")}
     if kinds & {"UninitializedParameter", "UninitializedBuffer"}:
         raise FormatError("has no shape yet: it belongs to a lazy module that never ran", tensor=name)
