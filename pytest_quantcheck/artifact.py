@@ -51,7 +51,7 @@ class SchemeTotal(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A live model, a file or a checkpoint folder, as the logical tensors of the unquantized model.
 
@@ -66,6 +66,10 @@ class Artifact:
     aliases: Mapping[str, str] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+
+    def __repr__(self) -> str:
+        size = f"{self.logical_params:,} parameters in {len(self.tensors):,} tensors"
+        return f"<Artifact {self.source!r} ({self.container}): {size}>"
 
     @cached_property
     def parameters(self) -> tuple[LogicalTensor, ...]:
