@@ -159,6 +159,32 @@ def nf4(dtype, rows: int, columns: int, block: int, outer: int):
     return make
 
 
+def tiles() -> Made:
+    """Packed for tensor cores: 96 x 256 is padded to 96 x 1024, and eight values a word would overcount four times."""
+    library = _library()
+    codes, scale = torch.zeros(12, 8, 32, 4, dtype=torch.int32), torch.zeros(8, 96, 2, dtype=BF16)
+    weight = library.Int4TilePackedTo4dTensor(codes, scale, [1, 128], torch.Size((96, 256)))
+    made = _made(weight, torch.zeros(()))
+    made.values = None
+    return made
+
+
+def shuffled() -> Made:
+    library = _library()
+    codes, scale = torch.zeros(6, 20, dtype=torch.int8), torch.zeros(5, 6, dtype=BF16)
+    weight = library.Int4PreshuffledTensor(codes, scale, [1, 8], [6, 40], group_zero=scale.clone())
+    return Made(None, _holder(weight))
+
+
+def prepacked_for_cpu() -> Made:
+    _library()
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+    codes, scale = torch.zeros(2, 2, 32, 16, dtype=torch.uint8), torch.zeros(2, 2, 32)
+    weight = Int4OpaqueTensor(codes, scale, [1, 32], torch.Size((64, 64)), act_mapping_type="asymmetric")
+    return Made(None, _holder(weight))
+
+
 def by_hand() -> Made:
     """NVFP4 in bytes: codes 1, 2, ... in the low nibbles, 9, 10, ... in the high ones; the scale 0x40 is 2."""
     metadata = {
@@ -238,6 +264,9 @@ CASES = [
     Case("torchao-int4-cpu", int4_for_cpu(80, 128, 32), "torchao-int4-cpu", (80, 128),
          bytes={"codes": 80 * 64, "scales": 80 * 4 * 4}),
     Case("torchao-int4-cpu-128-rows", int4_for_cpu(128, 64, 64), "torchao-int4-cpu", (128, 64)),
+    Case("torchao-int4-cpu-prepacked", prepacked_for_cpu, "torchao-int4-cpu", (64, 64)),
+    Case("torchao-int4-tiles", tiles, "torchao-opaque", (96, 256), bytes={"codes": 49152, "scales": 3072}),
+    Case("torchao-int4-shuffled", shuffled, "torchao-opaque", (6, 40), bytes={"codes": 120, "scales": 120}),
     Case("torchao-nf4", nf4(F32, 6, 96, 32, 6), "torchao-nf4", (6, 96), bytes={"codes": 288, "scales": 18 + 12 + 4}),
     Case("torchao-nf4-bf16", nf4(BF16, 64, 96, 64, 32), "torchao-nf4", (64, 96)),
     Case("torchao-nf4-blocks-across-rows", nf4(F32, 8, 48, 64, 6), "torchao-nf4", (8, 48)),
