@@ -117,3 +117,11 @@ def test_a_kernel_that_repacks_its_codes_is_counted_and_not_decoded():
     assert tensor.shape == (32, 96)
     with pytest.raises(NotDecodable, match="may be repacked for `MarlinLinear`"):
         tensor.decode()
+
+
+def test_the_conv1d_of_gpt2_is_known_to_be_transposed(tmp_path):
+    made = golden("v1-4bit", name="c_attn")()
+    safetensors.torch.save_file(made.tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(made.config | {"model_type": "gpt2"}))
+    tensor = inspect(tmp_path).tensor("c_attn.weight")
+    assert (tensor.shape, tensor.transposed) == ((32, 64), True)

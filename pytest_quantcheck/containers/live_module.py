@@ -60,6 +60,7 @@ class _Walk:
         self.tensors: dict[str, StoredTensor] = {}
         self.aliases: dict[str, str] = {}
         self.names: dict[object, str] = {}  # identity of a tensor -> its first name
+        self.parameters: dict[str, str] = {}  # name of a tensor that stands for a parameter -> name of the parameter
         self.modules: dict[int, _Place] = {}  # identity of a module -> where it was first
         self.managed: dict[int, dict[str, Placed]] = {}  # identity of a module -> what an FSDP1 unit took from it
 
@@ -126,7 +127,9 @@ class _Walk:
             self._add(name, tensor, place, role, trainable)
             return
         main = next(iter(group))
+        stands_for = self.parameters[_name(main, place)] = _name(name, place)
         if self._add(main, group[main], place, role, trainable):
+            self.aliases[stands_for] = self.aliases.pop(_name(main, place))
             return
         if local is not tensor and tuple(local.shape) != tuple(tensor.shape):
             name_of_main = _name(main, place)
@@ -137,8 +140,7 @@ class _Walk:
     def _add(self, name: str, tensor: Any, place: _Place, role: Role, trainable: bool | None) -> bool:
         """Add a tensor under its own name and return whether it is tied to one seen before."""
         name = _name(name, place)
-        if not isinstance(tensor, Placed):
-            live_tensor.refuse(tensor, name)
+        live_tensor.refuse(tensor, name)
         identity = live_tensor.identity(tensor)
         first = self.names.get(identity)
         if first is not None and not (role == "parameter" and self.tensors[first].role == "buffer"):
@@ -170,7 +172,8 @@ class _Walk:
             return
         for name, stored in list(self.tensors.items()):
             if name.startswith(f"{first.prefix}.") and stored.role != "part":
-                self.aliases[again.prefix + name[len(first.prefix) :]] = name
+                again_here = again.prefix + self.parameters.get(name, name)[len(first.prefix) :]
+                self.aliases[again_here] = name
 
 
 def _present(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +206,9 @@ _BASE_OF = {
     "PeftModel": "base_model",
     "PeftMixedModel": "base_model",
     "BaseTuner": "model",
+    "AdaptionPromptModel": "model",
     "AuxiliaryTrainingWrapper": "original_module",
+    "TrainableTokensWrapper": "token_adapter",
     "BaseTunerLayer": "base_layer",
     "AdaptedAttention": "model",
 }

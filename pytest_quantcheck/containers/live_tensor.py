@@ -182,11 +182,17 @@ def _footprint(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[
 
 def refuse(tensor: Any, name: str) -> None:
     """Raise where a tensor has no values to come, or a storage of its own that only a scheme knows."""
+    if isinstance(tensor, Placed):
+        return
     kinds = {cls.__name__ for cls in type(tensor).__mro__ if cls.__module__.startswith("torch.")}
     if kinds & {"UninitializedParameter", "UninitializedBuffer"}:
         raise FormatError("has no shape yet: it belongs to a lazy module that never ran", tensor=name)
     if "FakeTensor" in kinds:
         raise FormatError("is a FakeTensor: a stand-in of a tracer, not a weight", tensor=name)
+    if str(tensor.layout) != "torch.strided":
+        raise UnknownEncoding(
+            f"is a {str(tensor.layout).removeprefix('torch.')} tensor, not a strided one", tensor=name
+        )
     if hasattr(tensor, "__tensor_flatten__") and not is_dtensor(tensor):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         raise UnknownEncoding(f"`{kind}` is a tensor class that no scheme knows", tensor=name)

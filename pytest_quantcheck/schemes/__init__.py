@@ -22,15 +22,18 @@ from pytest_quantcheck.schemes import (
     plain,
     qqq,
     quantization_config,
+    quanto_kernels,
     quanto_qbits,
     quanto_qbytes,
     sinq,
+    torch_ao,
     torchao_affine,
     torchao_int4,
     torchao_int4_cpu,
     torchao_mx,
     torchao_nf4,
     torchao_opaque,
+    transformer_engine,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
@@ -54,6 +57,7 @@ SCHEMES: tuple[Scheme, ...] = (
     gptq.SCHEME,
     sinq.SCHEME,
     hqq.SCHEME,
+    quanto_kernels.SCHEME,
     quanto_qbits.SCHEME,
     quanto_qbytes.SCHEME,
     torchao_affine.SCHEME,
@@ -62,8 +66,14 @@ SCHEMES: tuple[Scheme, ...] = (
     torchao_int4_cpu.SCHEME,
     torchao_nf4.SCHEME,
     torchao_opaque.SCHEME,
+    torch_ao.SCHEME,
+    transformer_engine.SCHEME,
     plain.SCHEME,
 )
+
+# The models whose linears are transformers' Conv1D, and the names of those layers.
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def exposers() -> Mapping[str, Expose]:
@@ -89,11 +99,11 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     for scheme in SCHEMES:
         for anchor in _anchors(scheme, by_ending):
             if anchor.name not in found:
-                _take(scheme.claim(anchor, namespace), found)
+                _take(scheme.claim(anchor, namespace), found, namespace)
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
-            _take(plain.claim(stored, namespace), found)
+            found[name] = _of_all_ranks(plain.claim(stored, namespace))
     return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
 
 
@@ -111,13 +121,14 @@ def _anchors(scheme: Scheme, by_ending: Mapping[str, list[StoredTensor]]) -> Ite
             yield from group
 
 
-def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor]) -> None:
+def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespace: Namespace) -> None:
     if tensor is None:
         return
+    if _was_conv1d(tensor, namespace):
+        tensor = tensor._replace(transposed=True)
     if tensor.stored.role in ("adapter", "shadow"):
         tensor = tensor._replace(role=tensor.stored.role)
-    if tensor.stored.whole is not None:
-        tensor = tensor._replace(shape=tensor.stored.whole, decoder=_decode_shard)
+    tensor = _of_all_ranks(tensor)
     for part in tensor.parts:
         if part.stored.name in found:
             other = found[part.stored.name].name
@@ -125,8 +136,21 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor]) -> None
         found[part.stored.name] = tensor
 
 
+def _of_all_ranks(tensor: LogicalTensor) -> LogicalTensor:
+    """The tensor as all ranks together have it, where its parts are a shard."""
+    if tensor.stored.whole is None:
+        return tensor
+    return tensor._replace(shape=tensor.stored.whole, decoder=_decode_shard)
+
+
 def _decode_shard(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     raise NotDecodable("is sharded: this process holds only a part of it (gather it first)", tensor=tensor.name)
+
+
+def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:
+    """Whether the unquantized model keeps this matrix as [in, out]; every quantizer makes a [out, in] linear of it."""
+    layer = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    return layer in CONV1D_LAYERS and namespace.config.get("model_type") in CONV1D_MODELS
 
 
 def _configured(namespace: Namespace) -> tuple[Scheme, ...]:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import buffer_linear, conv1d, packing, quantization_config
+from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -113,7 +113,6 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.group_size,
-        transposed=conv1d.holds(prefix, namespace),
         floor_db=_floor_db(layout),
     )
 

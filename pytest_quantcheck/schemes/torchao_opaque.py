@@ -10,6 +10,9 @@ The shape is the class's own, never that of the codes, which may be padded. The 
 file as `torchao_metadata` says; the others show their inner tensors by name and a record `torchao_opaque`.
 Source: torchao 0.18, quantization/quantize_/workflows, prototype, optim, sparsity.
 
+NVIDIA's and AMD's kernels order the nibbles of `Int4TilePackedTo4dTensor` differently under one shape, and a file does
+not say which packed it (torch, native/cuda/int4mm.cu `matrix_to_m16n8k16_Bint4_layout`): decoding would be a guess.
+
 A class that wraps one plain tensor of its own shape (for training) holds plain numbers and is shown as that tensor.
 """
 

@@ -16,7 +16,7 @@ class Made:
     """What one row makes. `live` holds the weight as a module, `tensors` as a checkpoint would; either may be absent.
 
     `values` is what the library itself decodes (float32), equal to ours within `tolerance` times its largest value:
-    0 means bit for bit.
+    0 means bit for bit. None where only a GPU can decode: ours must refuse.
     """
 
     values: Any
@@ -42,7 +42,19 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import awq, bnb, exllama, gptq, hqq, plain, quanto, sinq, torchao
+    from tests.cases import (
+        awq,
+        bnb,
+        exllama,
+        gptq,
+        hqq,
+        plain,
+        quanto,
+        sinq,
+        torch_ao,
+        torchao,
+        transformer_engine,
+    )
 
     # One row per scheme.
     return [
@@ -55,4 +67,6 @@ def all_cases() -> list[Case]:
         *sinq.CASES,
         *quanto.CASES,
         *torchao.CASES,
+        *torch_ao.CASES,
+        *transformer_engine.CASES,
     ]

@@ -39,6 +39,44 @@ def signs() -> Made:
     return Made((hadamard @ (inner / old * inputs)) * outputs, None, made.tensors, made.config, tolerance=2**-6)
 
 
+def exl2() -> Made:
+    """96 inputs and 40 outputs: 64 inputs of 5 bits in 10 rows of words, then 32 of 3 bits in 3."""
+    tensors = {
+        "layer.q_weight": torch.zeros(13, 40, dtype=torch.int32),
+        "layer.q_invperm": torch.arange(96, dtype=torch.int16),
+        "layer.q_scale": torch.zeros(2, 5, dtype=torch.int32),
+        "layer.q_scale_max": torch.ones(2, dtype=torch.float16),
+        "layer.q_groups": torch.tensor([5, 0, 3, 10], dtype=torch.int16),
+    }
+    return Made(None, None, tensors, {"quantization_config": {"quant_method": "exl2"}})
+
+
+def bitblas(*shape: int):
+    """24 outputs, 64 inputs of 4 bits in two groups; the codes in whatever shape."""
+
+    def make() -> Made:
+        tensors = {
+            "layer.qweight": torch.zeros(*shape, dtype=torch.int8),
+            "layer.scales": torch.ones(24, 2, dtype=torch.float16),
+            "layer.qzeros": torch.zeros(2, 12, dtype=torch.int8),
+        }
+        config = {"quant_method": "gptq", "checkpoint_format": "bitblas", "bits": 4}
+        return Made(None, None, tensors, {"quantization_config": config})
+
+    return make
+
+
+def half_bits() -> Made:
+    """Two and a half bits: rates that only exllamav3's own kernels read."""
+    tensors = {
+        "layer.trellis": torch.zeros(8, 16, 40, dtype=torch.int16),
+        "layer.suh": torch.ones(128, dtype=torch.float16),
+        "layer.svh": torch.ones(256, dtype=torch.float16),
+        "layer.mul1": torch.zeros((), dtype=torch.int32),
+    }
+    return Made(None, None, tensors, {"quantization_config": {"quant_method": "exl3", "bits": 2.5}})
+
+
 EXL3 = ("exl3-3bit", "exl3-5bit-mcg", "exl3-4bit-mul1")
 HALF = 2**-11  # the golden values are float16
 
@@ -48,5 +86,9 @@ CASES = [
     Case("qqq-one-group", golden("qqq-one-group", method="qqq"), "qqq", (128, 64), total=128 * 65),
     *(Case(case, golden(case, tolerance=HALF), "exl3", shape := (128, 256 if case == "exl3-3bit" else 128),
            total=128 * (shape[1] + 1)) for case in EXL3),
+    Case("exl2", exl2, "exl2", (40, 96), bytes={"codes": 2080, "scales": 44, "index": 192, "bookkeeping": 8}),
+    Case("bitblas", bitblas(24, 32), "bitblas", (24, 64), bytes={"codes": 768, "scales": 96, "zero_points": 24}),
+    Case("bitblas-rearranged", bitblas(3, 4, 8, 8), "bitblas", (24, 64)),
+    Case("exl3-half-bits", half_bits, "exl3", (256, 128), bytes={"codes": 10240, "scales": 768, "codebooks": 4}),
     Case("exl3-signs", signs, "exl3", (128, 256), total=128 * 257),
 ]  # fmt: skip

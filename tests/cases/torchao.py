@@ -48,10 +48,8 @@ def quantized(configuration: str, rows: int, columns: int, dtype=torch.float32, 
         library = _library()
         torch.manual_seed(rows * columns)
         model = nn.Sequential(nn.Linear(columns, rows, bias=False).to(dtype))
-        for name in ("granularity", "weight_dtype"):
-            if name in options and callable(options[name]):
-                options[name] = options[name](library)
-        library.quantize_(model, getattr(library, configuration)(**options))
+        made = {name: option(library) if callable(option) else option for name, option in options.items()}
+        library.quantize_(model, getattr(library, configuration)(**made))
         return _made(model[0].weight.data, tolerance=2**-7 if dtype == torch.bfloat16 else 0.0)
 
     return make
@@ -161,6 +159,32 @@ def nf4(dtype, rows: int, columns: int, block: int, outer: int):
     return make
 
 
+def tiles() -> Made:
+    """Packed for tensor cores: 96 x 256 is padded to 96 x 1024, and eight values a word would overcount four times."""
+    library = _library()
+    codes, scale = torch.zeros(12, 8, 32, 4, dtype=torch.int32), torch.zeros(8, 96, 2, dtype=BF16)
+    weight = library.Int4TilePackedTo4dTensor(codes, scale, [1, 128], torch.Size((96, 256)))
+    made = _made(weight, torch.zeros(()))
+    made.values = None
+    return made
+
+
+def shuffled() -> Made:
+    library = _library()
+    codes, scale = torch.zeros(6, 20, dtype=torch.int8), torch.zeros(5, 6, dtype=BF16)
+    weight = library.Int4PreshuffledTensor(codes, scale, [1, 8], [6, 40], group_zero=scale.clone())
+    return Made(None, _holder(weight))
+
+
+def prepacked_for_cpu() -> Made:
+    _library()
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+    codes, scale = torch.zeros(2, 2, 32, 16, dtype=torch.uint8), torch.zeros(2, 2, 32)
+    weight = Int4OpaqueTensor(codes, scale, [1, 32], torch.Size((64, 64)), act_mapping_type="asymmetric")
+    return Made(None, _holder(weight))
+
+
 def by_hand() -> Made:
     """NVFP4 in bytes: codes 1, 2, ... in the low nibbles, 9, 10, ... in the high ones; the scale 0x40 is 2."""
     metadata = {
@@ -190,6 +214,10 @@ def group(size: int):
     return lambda library: library.PerGroup(size)
 
 
+def whole(library):
+    return library.PerTensor()
+
+
 BF16, F32 = torch.bfloat16, torch.float32
 FP4, FP8 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
 
@@ -204,9 +232,19 @@ CASES = [
            quantized("IntxWeightOnlyConfig", 7, 48, weight_dtype=intx(bits), granularity=group(16)),
            f"torchao-int{bits}", (7, 48), bytes={"codes": 7 * 48, "scales": 7 * 3 * 4, "zero_points": 7 * 3})
       for bits in (2, 3, 4, 5, 8)),
+    Case("torchao-int4-asymmetric",
+         quantized("IntxWeightOnlyConfig", 7, 48, weight_dtype=intx(4), granularity=group(16),
+                   mapping_type=lambda library: library.MappingType.ASYMMETRIC), "torchao-int4", (7, 48)),
+    Case("torchao-int4-dynamic",
+         quantized("Int8DynamicActivationIntxWeightConfig", 7, 64, weight_dtype=intx(4),
+                   weight_granularity=group(32)), "torchao-int4", (7, 64)),
+    Case("torchao-int8-tensor", quantized("Int8WeightOnlyConfig", 12, 20, granularity=whole, version=2),
+         "torchao-int8", (12, 20)),
     Case("torchao-float8-row", quantized("Float8WeightOnlyConfig", 12, 20), "torchao-float8", (12, 20)),
     Case("torchao-float8-tensor", float8("PerTensor", 12, 20), "torchao-float8", (12, 20)),
     Case("torchao-float8-e5m2", float8("PerRow", 12, 20, dtype=torch.float8_e5m2), "torchao-float8", (12, 20)),
+    Case("torchao-float8-blocks", float8("PerBlock", 12, 20, (3, 5)), "torchao-float8", (12, 20),
+         bytes={"codes": 240, "scales": 4 * 4 * 4}),
     Case("torchao-float8-experts", float8_experts, "torchao-float8", (3, 6, 20)),
     Case("torchao-nvfp4", nvfp4(7, 48, swizzled=False), "torchao-nvfp4", (7, 48), bytes={"codes": 168, "scales": 21}),
     Case("torchao-nvfp4-swizzled", nvfp4(96, 256, swizzled=True, outer=True), "torchao-nvfp4", (96, 256),
@@ -226,6 +264,9 @@ CASES = [
     Case("torchao-int4-cpu", int4_for_cpu(80, 128, 32), "torchao-int4-cpu", (80, 128),
          bytes={"codes": 80 * 64, "scales": 80 * 4 * 4}),
     Case("torchao-int4-cpu-128-rows", int4_for_cpu(128, 64, 64), "torchao-int4-cpu", (128, 64)),
+    Case("torchao-int4-cpu-prepacked", prepacked_for_cpu, "torchao-int4-cpu", (64, 64)),
+    Case("torchao-int4-tiles", tiles, "torchao-opaque", (96, 256), bytes={"codes": 49152, "scales": 3072}),
+    Case("torchao-int4-shuffled", shuffled, "torchao-opaque", (6, 40), bytes={"codes": 120, "scales": 120}),
     Case("torchao-nf4", nf4(F32, 6, 96, 32, 6), "torchao-nf4", (6, 96), bytes={"codes": 288, "scales": 18 + 12 + 4}),
     Case("torchao-nf4-bf16", nf4(BF16, 64, 96, 64, 32), "torchao-nf4", (64, 96)),
     Case("torchao-nf4-blocks-across-rows", nf4(F32, 8, 48, 64, 6), "torchao-nf4", (8, 48)),
