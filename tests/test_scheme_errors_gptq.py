@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from pytest_quantcheck import inspect
-from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import gptq
 from tests.cases.buffer_linear import live_layer
 from tests.cases.gptq import MODULE, NOTHING, golden
@@ -125,3 +125,18 @@ def test_the_conv1d_of_gpt2_is_known_to_be_transposed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(made.config | {"model_type": "gpt2"}))
     tensor = inspect(tmp_path).tensor("c_attn.weight")
     assert (tensor.shape, tensor.transposed) == ((32, 64), True)
+
+
+@pytest.mark.parametrize(("kernel", "tensors"), [("TorchInt8Linear", {}), ("TorchFusedLinear", {"qweight": None})])
+def test_a_kernel_that_replaced_its_codes_is_an_error_and_not_a_zero(kernel, tensors):
+    model = live_layer(tensors, kernel, MODULE, in_features=96, out_features=32)
+    with pytest.raises(UnknownEncoding, match=f"`{kernel}` has replaced its `qweight`"):
+        inspect(model)
+
+
+def test_a_model_on_meta_is_counted():
+    made = golden("v2-under-v1-label")()
+    tensor = inspect(made.live.to("meta")).tensor("layer.weight")
+    assert tensor.shape == (32, 64)
+    with pytest.raises(FormatError, match="meta"):
+        tensor.decode()

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_quantcheck import strict_json
+from pytest_quantcheck.errors import UnknownEncoding
 from pytest_quantcheck.tensor import StoredTensor
 
 RECORD = "qweight.module"
@@ -32,12 +33,16 @@ PLAIN_UNTIL_FIRST_FORWARD = frozenset(
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
-    """Show the buffers of a layer that has a `qweight`, with what only the module knows about them."""
+    """Show the buffers of a layer that has a `qweight`, with what only the module knows about them.
+
+    Raises `UnknownEncoding` where a kernel has replaced it by something of its own, which nobody would count.
+    """
     if name:
         return None
     shown = {part: owner._buffers[part] for part in SHOWN if owner._buffers.get(part) is not None}
     if "qweight" not in shown:
-        return None
+        what = f"`{type(owner).__name__}` has replaced its `qweight`: inspect the checkpoint, or load with TorchLinear"
+        raise UnknownEncoding(what)
     return shown | {RECORD: json.dumps(_record(owner, shown["qweight"])).encode()}
 
 

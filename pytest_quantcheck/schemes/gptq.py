@@ -401,7 +401,11 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("qweight", "qzeros"),
     methods=METHODS,
-    live={":qweight": buffer_linear.expose},
+    live={
+        ":qweight": buffer_linear.expose,
+        "gptqmodel.TorchInt8Linear": buffer_linear.expose,
+        "gptqmodel.TorchInt8AwqLinear": buffer_linear.expose,
+    },
     refuse=refuse,
     source="GPTQModel 7.6.0, nn_modules/qlinear and utils; auto-round 0.16.1, auto_round_extension/torch",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",
