@@ -1,0 +1,76 @@
+"""Broken groups of packed weights: each is refused, by an error that names the tensor and what was expected."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import safetensors.torch
+import torch
+
+from pytest_quantcheck import FormatError, inspect
+
+U8, I16, I32, I64, U32, F16, F32 = (
+    torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint32, torch.float16, torch.float32,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stored tensors as (dtype, shape) or as they are, the configuration, and what the error must say."""
+
+    id: str
+    tensors: dict
+    error: str
+    config: dict = field(default_factory=dict)
+
+
+def mlx(**changes) -> dict:
+    """A sound 4-bit group of [6, 128] in groups of 64, with changes; None leaves a tensor out."""
+    group = {"weight": (U32, (6, 16)), "scales": (F16, (6, 2)), "biases": (F16, (6, 2))} | changes
+    return {f"layer.{name}": content for name, content in group.items() if content is not None}
+
+
+FOUR_BITS = {"quantization": {"group_size": 64, "bits": 4}}
+
+MLX = [
+    Broken("mlx-no-scales", mlx(scales=None), "layer.weight: has no `layer.scales`", FOUR_BITS),
+    Broken("mlx-no-biases", mlx(biases=None), "layer.weight: has no `biases`", FOUR_BITS),
+    Broken("mlx-no-scales-and-no-biases", mlx(scales=None, biases=None), "layer.weight: .*encoding", FOUR_BITS),
+    Broken("mlx-biases-with-small-float-scales", mlx(scales=(U8, (6, 4))), "layer.weight: has `biases`", FOUR_BITS),
+    Broken("mlx-rows-of-scales", mlx(scales=(F16, (5, 2))), "layer.scales: .*does not match codes", FOUR_BITS),
+    Broken("mlx-shape-of-biases", mlx(biases=(F16, (6, 1))), "layer.biases: has the shape", FOUR_BITS),
+    Broken("mlx-groups-that-do-not-divide", mlx(scales=(F16, (6, 3))), "layer.scales: .*do not divide", FOUR_BITS),
+    Broken("mlx-impossible-product", mlx(weight=(U32, (6, 14))), "layer.weight: has 224 bits per group", FOUR_BITS),
+    Broken("mlx-ambiguous-without-config", mlx(), "layer.weight: may be 8 bits in groups of 32, 4 bits in groups"),
+    Broken("mlx-contradicts-its-own-entry", mlx(), "layer.weight: has 256 bits per group",
+           {"quantization": {"group_size": 64, "bits": 4, "layer": {"group_size": 32, "bits": 4}}}),
+    Broken("mlx-mode-contradicts-its-own-entry", mlx(scales=(U8, (6, 4)), biases=None),
+           "layer.weight: is mxfp4, .*the configuration says affine",
+           {"quantization": {"group_size": 64, "bits": 4, "layer": {"group_size": 32, "bits": 4}}}),
+    Broken("mlx-unquantized-by-config", mlx(), "layer.weight: is packed, but",
+           {"quantization": {"group_size": 64, "bits": 4, "layer": False}}),
+    Broken("mlx-global-scale-of-affine", mlx(global_scale=(F32, (1,))), "layer.global_scale: is no global scale",
+           FOUR_BITS),
+    Broken("mlx-integer-scales", mlx(scales=(I16, (6, 2))), "layer.weight: I16 scales are neither", FOUR_BITS),
+]  # fmt: skip
+
+BROKEN = [*MLX]
+
+
+def stored(content) -> torch.Tensor:
+    if isinstance(content, torch.Tensor):
+        return content
+    dtype, shape = content
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("row", BROKEN, ids=[row.id for row in BROKEN])
+def test_is_refused(row, tmp_path):
+    tensors = {name: stored(content) for name, content in row.tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(row.config))
+    with pytest.raises(FormatError, match=row.error) as raised:
+        inspect(tmp_path)
+    assert "\n" not in str(raised.value)
