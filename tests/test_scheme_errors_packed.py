@@ -56,7 +56,26 @@ MLX = [
     Broken("mlx-integer-scales", mlx(scales=(I16, (6, 2))), "layer.weight: I16 scales are neither", FOUR_BITS),
 ]  # fmt: skip
 
-BROKEN = [*MLX]
+BITNET_CONFIG = {"quantization_config": {"quant_method": "bitnet"}}
+
+
+def bitnet(**changes) -> dict:
+    group = {"weight": (U8, (3, 7)), "weight_scale": (F32, (1,))} | changes
+    return {f"layer.{name}": content for name, content in group.items() if content is not None}
+
+
+BITNET = [
+    Broken("bitnet-no-scale", bitnet(weight_scale=None), "layer.weight: .*has no `layer.weight_scale`", BITNET_CONFIG),
+    Broken("bitnet-no-weight", bitnet(weight=None), "layer.weight_scale: has no weight `layer.weight`", BITNET_CONFIG),
+    Broken("bitnet-two-scales", bitnet(weight_scale=(F32, (2,))), "layer.weight_scale: .*not one scale", BITNET_CONFIG),
+    Broken("bitnet-int8", bitnet(weight=(torch.int8, (3, 7))), "layer.weight: I8 .*no BitNet weight", BITNET_CONFIG),
+    Broken("bitnet-bias-too-long", bitnet(bias=(F32, (13,))), "layer.weight: has 3 rows .* for 13", BITNET_CONFIG),
+    Broken("bitnet-unknown-class", bitnet(), "layer.weight: linear_class `x`",
+           {"quantization_config": {"quant_method": "bitnet", "linear_class": "x"}}),
+    Broken("bitnet-without-config", bitnet(), "layer.weight_scale: F32 .*no scheme claims"),
+]  # fmt: skip
+
+BROKEN = [*MLX, *BITNET]
 
 
 def stored(content) -> torch.Tensor:
