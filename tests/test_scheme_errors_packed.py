@@ -75,7 +75,31 @@ BITNET = [
     Broken("bitnet-without-config", bitnet(), "layer.weight_scale: F32 .*no scheme claims"),
 ]  # fmt: skip
 
-BROKEN = [*MLX, *BITNET]
+AQLM_CONFIG = {"quantization_config": {"quant_method": "aqlm", "num_codebooks": 2, "in_group_size": 8}}
+
+
+def aqlm(**changes) -> dict:
+    """A sound group of [6, 24]: two codebooks of 16 vectors of 8."""
+    group = {"codes": (torch.int8, (6, 3, 2)), "codebooks": (F16, (2, 16, 1, 8)), "scales": (F16, (6, 1, 1, 1))}
+    return {f"layer.{name}": content for name, content in (group | changes).items() if content is not None}
+
+
+AQLM = [
+    Broken("aqlm-no-codes", aqlm(codes=None), "layer.codebooks: has no `layer.codes`", AQLM_CONFIG),
+    Broken("aqlm-no-codebooks", aqlm(codebooks=None), "layer.codes: has no `layer.codebooks`", AQLM_CONFIG),
+    Broken("aqlm-no-scales", aqlm(scales=None), "layer.co.*: has no `layer.scales`", AQLM_CONFIG),
+    Broken("aqlm-no-codebooks-no-config", aqlm(codebooks=None), "layer.codes: .*no scheme claims"),
+    Broken("aqlm-scales-of-columns", aqlm(scales=(F16, (5, 1, 1, 1))), "layer.scales: .*each group of rows"),
+    Broken("aqlm-one-codebook-too-few", aqlm(codes=(torch.int8, (6, 3, 1))), "layer.codes: .*no set of codes"),
+    Broken("aqlm-entries-not-a-power", aqlm(codebooks=(F16, (2, 15, 1, 8))), "layer.codebooks: has 15 entries"),
+    Broken("aqlm-entries-out-of-reach", aqlm(codebooks=(F16, (2, 512, 1, 8))), "layer.codebooks: has 512 entries"),
+    Broken("aqlm-turned-but-not-256", aqlm(codes=(torch.int8, (3, 6, 2))), "layer.codes: .*does not start with 6"),
+    Broken("aqlm-contradicts-config", aqlm(codebooks=(F16, (2, 16, 1, 4))), "layer.codebooks: has in_group_size 4",
+           AQLM_CONFIG),
+    Broken("aqlm-codebooks-of-vectors", aqlm(codebooks=(F16, (2, 16, 8))), "layer.codebooks: .*is no codebook"),
+]  # fmt: skip
+
+BROKEN = [*MLX, *BITNET, *AQLM]
 
 
 def stored(content) -> torch.Tensor:

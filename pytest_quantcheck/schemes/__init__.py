@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bitnet, bnb_4bit, bnb_8bit, mlx, plain, quantization_config
+from pytest_quantcheck.schemes import aqlm, bitnet, bnb_4bit, bnb_8bit, mlx, plain, quantization_config
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -15,6 +15,7 @@ SCHEMES: tuple[Scheme, ...] = (
     bnb_8bit.SCHEME,
     mlx.SCHEME,
     bitnet.SCHEME,
+    aqlm.SCHEME,
     plain.SCHEME,
 )
 
