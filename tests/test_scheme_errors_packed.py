@@ -99,7 +99,45 @@ AQLM = [
     Broken("aqlm-codebooks-of-vectors", aqlm(codebooks=(F16, (2, 16, 8))), "layer.codebooks: .*is no codebook"),
 ]  # fmt: skip
 
-BROKEN = [*MLX, *BITNET, *AQLM]
+VPTQ_BLOCK = {
+    "vector_lens": [-1, 4], "num_centroids": [-1, 16], "num_res_centroids": [-1, -1], "group_num": 1, "group_size": 20,
+    "outlier_size": 0, "enable_norm": True, "enable_perm": True, "in_features": 20, "out_features": 24,
+}  # fmt: skip
+
+
+def vptq(**changes) -> dict:
+    """A sound group of [24, 20]: 16 vectors of four."""
+    group = {
+        "indices": (I32, (1, 6, 3)), "centroids.weight": (F32, (1, 64)), "perm": (I16, (20,)),
+        "weight_scale": (F32, (20,)), "weight_bias": (F32, (20,)),
+    }  # fmt: skip
+    return {f"layer.{name}": content for name, content in (group | changes).items() if content is not None}
+
+
+def vptq_config(**changes) -> dict:
+    block = {key: value for key, value in (VPTQ_BLOCK | changes).items() if value is not None}
+    return {"quantization_config": {"quant_method": "vptq", "config_for_layers": {"layer": block}}}
+
+
+VPTQ = [
+    Broken("vptq-no-indices", vptq(indices=None), "layer.centroids.weight: .*has no `layer.indices`", vptq_config()),
+    Broken("vptq-no-centroids", vptq(**{"centroids.weight": None}), "layer.indices: has no `layer.centroids.weight`",
+           vptq_config()),
+    Broken("vptq-no-perm", vptq(perm=None), "layer.indices: has no `layer.perm`", vptq_config()),
+    Broken("vptq-no-scale", vptq(weight_scale=None), "layer.indices: has no `layer.weight_scale`", vptq_config()),
+    Broken("vptq-no-residual", vptq(indices=(I32, (1, 6, 5))), "layer.indices: has no `layer.res_centroids",
+           vptq_config(num_res_centroids=[-1, 8])),
+    Broken("vptq-no-block", vptq(), "layer: has no block", {"quantization_config": {"quant_method": "vptq"}}),
+    Broken("vptq-half-a-block", vptq(), "layer.indices: .*group_size", vptq_config(group_size=None)),
+    Broken("vptq-perm-it-should-not-have", vptq(), "layer.perm: is there, but", vptq_config(enable_perm=False)),
+    Broken("vptq-rows-against-config", vptq(), "layer.indices: has the shape", vptq_config(out_features=25)),
+    Broken("vptq-columns-against-config", vptq(), "layer.weight: has 20 columns", vptq_config(in_features=21)),
+    Broken("vptq-rows-that-nothing-says", vptq(), "layer.weight: has 21 to 24 rows", vptq_config(out_features=None)),
+    Broken("vptq-entries-not-a-power", vptq(), "layer.indices: names 15 entries", vptq_config(num_centroids=[-1, 15])),
+    Broken("vptq-indices-alone", {"layer.indices": (I32, (1, 6, 3))}, "layer.indices: I32 .*no scheme"),
+]  # fmt: skip
+
+BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ]
 
 
 def stored(content) -> torch.Tensor:

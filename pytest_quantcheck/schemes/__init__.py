@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import aqlm, bitnet, bnb_4bit, bnb_8bit, mlx, plain, quantization_config
+from pytest_quantcheck.schemes import aqlm, bitnet, bnb_4bit, bnb_8bit, mlx, plain, quantization_config, vptq
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -16,6 +16,7 @@ SCHEMES: tuple[Scheme, ...] = (
     mlx.SCHEME,
     bitnet.SCHEME,
     aqlm.SCHEME,
+    vptq.SCHEME,
     plain.SCHEME,
 )
 

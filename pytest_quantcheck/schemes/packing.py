@@ -83,3 +83,25 @@ def e8m0(exponents: torch.Tensor) -> torch.Tensor:
     bits = exponents.to(torch.int32)
     bits = torch.where(bits == 0, 1 << 22, bits << 23)  # 2 ** -127 is subnormal
     return torch.where(exponents == 255, torch.nan, bits.view(torch.float32))
+
+
+def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first `count` codes of every row, each row a stream of its own, lowest bits first, as int64.
+
+    `bits` is at most 32.
+
+    raw  # (rows, bytes) uint8
+    ->   # (rows, count)
+
+    >>> import torch
+    >>> bit_rows(torch.tensor([[0b11_010_001, 0b0000_0001]], dtype=torch.uint8), 3, 3).tolist()
+    [[1, 2, 7]]
+    """
+    import torch
+
+    at = torch.arange(count, device=raw.device) * bits
+    wide = torch.nn.functional.pad(raw, (0, 4)).to(torch.int64)
+    codes = torch.zeros(len(raw), count, dtype=torch.int64, device=raw.device)
+    for byte in range((bits + 14) // 8):  # as many bytes as one code can touch
+        codes |= wide[:, at // 8 + byte] << 8 * byte
+    return codes >> at % 8 & (1 << bits) - 1

@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import aqlm, bitnet, bnb, mlx, plain
+    from tests.cases import aqlm, bitnet, bnb, mlx, plain, vptq
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *mlx.CASES, *bitnet.CASES, *aqlm.CASES]
+    return [*plain.CASES, *bnb.CASES, *mlx.CASES, *bitnet.CASES, *aqlm.CASES, *vptq.CASES]
