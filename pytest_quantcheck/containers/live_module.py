@@ -103,7 +103,7 @@ class _Walk:
         own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
         buffers = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
         shown = self._expose(module, "") or {}
-        self._add_group(shown, own, buffers, place, exposed=True)
+        self._add_group(shown, own, buffers, place)
         for name, parameter in own.items():
             if name not in shown:
                 group = self._expose(parameter, name)
@@ -122,26 +122,14 @@ class _Walk:
         return None
 
     def _add_group(
-        self,
-        group: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-        buffers: Mapping[str, Any],
-        place: _Place,
-        *,
-        exposed: bool = False,
+        self, group: Mapping[str, Any], parameters: Mapping[str, Any], buffers: Mapping[str, Any], place: _Place
     ) -> None:
-        """Add the tensors of one module or parameter; what ties to a weight seen before brings no parts of its own.
-
-        What a scheme has `exposed` of a module's buffers stands for its parameters.
-        """
+        """Add the tensors of one module or parameter; what ties to a weight seen before brings no parts of its own."""
         tied = False
         for name in (name for name in group if name in parameters):
             tied |= self._add(name, group[name], place, place.role or "parameter", bool(parameters[name].requires_grad))
         for name in (name for name in group if name in buffers):
-            role: Role = "shadow" if place.role == "shadow" else "buffer"
-            if exposed:  # quantized layers register their weight, its parts and their bias as buffers
-                role = place.role or "parameter"
-            tied |= self._add(name, group[name], place, role, False if exposed else None) and exposed
+            self._add(name, group[name], place, "shadow" if place.role == "shadow" else "buffer", None)
         for name in (name for name in group if name not in parameters and name not in buffers and not tied):
             self._add_part(name, group[name], place)
 
