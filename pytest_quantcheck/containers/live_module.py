@@ -103,7 +103,8 @@ class _Walk:
         own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
         buffers = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
         shown = self._expose(module, "") or {}
-        self._add_group(shown, own, buffers, place)
+        weights = {name: tensor for name, tensor in buffers.items() if name in shown}  # where parameters() is empty
+        self._add_group(shown, own | weights, {}, place)
         for name, parameter in own.items():
             if name not in shown:
                 group = self._expose(parameter, name)
@@ -119,6 +120,9 @@ class _Walk:
             expose = self.exposers.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}")
             if expose is not None:
                 return expose(owner, name)
+        for buffer in getattr(owner, "_buffers", ()):
+            if f":{buffer}" in self.exposers:
+                return self.exposers[f":{buffer}"](owner, name)
         return None
 
     def _add_group(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import aqlm, bitnet, bnb_4bit, bnb_8bit, mlx, plain, quantization_config, vptq
+from pytest_quantcheck.schemes import aqlm, bitnet, bnb_4bit, bnb_8bit, gptq, mlx, plain, quantization_config, vptq
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -17,6 +17,7 @@ SCHEMES: tuple[Scheme, ...] = (
     bitnet.SCHEME,
     aqlm.SCHEME,
     vptq.SCHEME,
+    gptq.SCHEME,
     plain.SCHEME,
 )
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import conv1d, packing
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -55,10 +55,6 @@ FLOORS_DB = {
     "nf4": ((64, 18.5), (128, 17.4), (256, 15.8), (4096, 7.9)),
     "fp4": ((64, 15.0), (128, 13.9), (256, 12.3), (4096, 5.0)),
 }
-
-# transformers stores these models' Conv1D weights as [in, out] and bitsandbytes as [out, in].
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 class Layout(NamedTuple):
@@ -113,7 +109,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.blocksize,
-        transposed=_is_conv1d(name, state, namespace),
+        transposed=bool(state.get("conv1d")) or conv1d.holds(name.removesuffix(".weight"), namespace),
         floor_db=_floor_db(layout),
     )
     _check(tensor, layout)
@@ -207,8 +203,8 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     state = getattr(weight, "quant_state", None) or getattr(owner, "quant_state", None)
     sizes = [getattr(owner, attribute, None) for attribute in _SIZES]
     features = tuple(size for size in sizes if size is not None)
-    conv1d = getattr(getattr(owner, "source_cls", None), "__name__", "") == "Conv1D"
-    return _show("weight", weight, state, features=features, conv1d=conv1d)
+    is_conv1d = getattr(getattr(owner, "source_cls", None), "__name__", "") == "Conv1D"
+    return _show("weight", weight, state, features=features, is_conv1d=is_conv1d)
 
 
 _SIZES = ("out_features", "in_features", "num_embeddings", "embedding_dim")
@@ -221,7 +217,7 @@ def expose_parametrization(owner: Any, name: str) -> Mapping[str, Any] | None:
 
 
 def _show(
-    name: str, weight: Any, state: Any, *, features: tuple[int, ...] = (), conv1d: bool = False
+    name: str, weight: Any, state: Any, *, features: tuple[int, ...] = (), is_conv1d: bool = False
 ) -> dict[str, Any] | None:
     if state is None:
         return _show_without_state(name, weight, features)
@@ -230,7 +226,7 @@ def _show(
         "quant_type": state.quant_type,
         "blocksize": state.blocksize,
         "shape": list(state.shape),
-        "conv1d": conv1d,
+        "conv1d": is_conv1d,
         "packed_for_cpu": getattr(state, "packing_format_for_cpu", False),
     }
     if state.nested:
@@ -323,14 +319,6 @@ def _pending(weight: StoredTensor, state: StoredTensor) -> LogicalTensor:
     """A meta tensor that will be loaded and quantized: counted by its shape, which is still the logical one."""
     parts = (Part("weight", "unquantized", weight), Part("quant_state", "bookkeeping", state))
     return LogicalTensor(weight.name, weight.shape, "plain", "parameter", parts, None)
-
-
-def _is_conv1d(name: str, state: Mapping[str, Any], namespace: Namespace) -> bool:
-    if state.get("conv1d"):
-        return True
-    components = name.split(".")
-    layer = components[-2] if len(components) > 1 else ""
-    return namespace.config.get("model_type") in CONV1D_MODELS and layer in CONV1D_LAYERS
 
 
 def _floor_db(layout: Layout) -> float | None:

@@ -105,3 +105,44 @@ def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     for byte in range((bits + 14) // 8):  # as many bytes as one code can touch
         codes |= wide[:, at // 8 + byte] << 8 * byte
     return codes >> at % 8 & (1 << bits) - 1
+
+
+def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first `count` codes of each row of integer words, read as one stream, lowest bits first, as int32.
+
+    `bits` is at most 8, and codes may straddle words of any width.
+
+    words  # (..., n)
+    ->     # (..., count)
+
+    >>> import torch
+    >>> unpack_words(torch.tensor([[0x76543210]], dtype=torch.int32), 4, 8)
+    tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
+    """
+    import torch
+
+    flat = words.contiguous().view(-1).view(torch.uint8)
+    raw = flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+    if bits in (1, 2, 4, 8):
+        shifts = torch.arange(0, 8, bits, device=raw.device, dtype=torch.uint8)
+        codes = (raw.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return codes.flatten(-2)[..., :count].to(torch.int32)
+    at = torch.arange(count, device=raw.device) * bits
+    low = at // 8
+    high = (low + 1).clamp_(max=raw.shape[-1] - 1)
+    pair = raw[..., low].to(torch.int32) | (raw[..., high].to(torch.int32) << 8)
+    return (pair >> (at % 8).to(torch.int32)) & ((1 << bits) - 1)
+
+
+def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return columns `start` up to `stop` of a stored matrix; row by row where the whole would be much more.
+
+    stored  # (rows, columns)
+    ->      # (rows, stop - start)
+    """
+    import torch
+
+    rows, columns = stored.shape
+    if stored.nbytes < 1 << 22 or 8 * (stop - start) > columns:
+        return stored.load(device=device).view(rows, columns)[:, start:stop]
+    return torch.stack([stored.load(row * columns + start, row * columns + stop, device) for row in range(rows)])

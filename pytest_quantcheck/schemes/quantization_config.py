@@ -26,3 +26,20 @@ def _candidates(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Mapping[st
     for name, method in _OWN_FILES.items():
         if isinstance(configs.get(name), Mapping):
             yield {"quant_method": method, **configs[name]}
+
+
+def each(quantization: Mapping[str, Any], *keys: str) -> frozenset[int]:
+    """Return every whole number that a quantization block says under one of `keys`, its per-module overrides included.
+
+    Overrides (`dynamic` of GPTQModel, `extra_config` of auto-round) are keyed by patterns that a stranger wrote: they
+    are not matched, only read; which of the numbers a module has follows from its shapes.
+
+    >>> sorted(each({"bits": 4, "dynamic": {"+:.*down_proj": {"bits": 8}, "-:lm_head": {}}}, "bits"))
+    [4, 8]
+    """
+    blocks = [quantization]
+    for group in ("dynamic", "extra_config"):
+        if isinstance(quantization.get(group), Mapping):
+            blocks.extend(block for block in quantization[group].values() if isinstance(block, Mapping))
+    found = (block.get(key) for block in blocks for key in keys)
+    return frozenset(value for value in found if type(value) is int)

@@ -36,7 +36,8 @@ class Scheme:
 
     `anchors` are endings of the last component of a stored name: a tensor so named starts a claim.
     `methods` are the `quant_method` values of a configuration that announce the scheme.
-    `live` maps `package.Class` to how an object of that class is shown; no library is imported for it.
+    `live` maps `package.Class`, or `:buffer` for any module that has such a buffer, to how the object is shown; no
+    library is imported for it. A buffer that is shown stands for a parameter.
     """
 
     name: str

@@ -41,7 +41,15 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import aqlm, bitnet, bnb, mlx, plain, vptq
+    from tests.cases import aqlm, bitnet, bnb, gptq, mlx, plain, vptq
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES, *mlx.CASES, *bitnet.CASES, *aqlm.CASES, *vptq.CASES]
+    return [
+        *plain.CASES,
+        *bnb.CASES,
+        *mlx.CASES,
+        *bitnet.CASES,
+        *aqlm.CASES,
+        *vptq.CASES,
+        *gptq.CASES,
+    ]
