@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -67,3 +67,63 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.embedding(codes.to(torch.int32), table)
+
+
+class Grid(NamedTuple):
+    """How a grid of scales lies over a matrix, or over each matrix of a stack.
+
+    `rows` x `columns` scales for `span` rows of values, each for `height` of them; the last block may be shorter.
+    """
+
+    rows: int
+    columns: int
+    span: int
+    height: int
+
+
+def grid_rows(stored: StoredTensor, grid: Grid, window: slice, device: str) -> torch.Tensor:
+    """Return the row of a grid that scales each row of a window, in the stored dtype; only those are read.
+
+    stored  # (..., grid.rows, grid.columns)
+    ->      # (window, grid.columns)
+    """
+    import torch
+
+    row = torch.arange(window.start, window.stop, device=device)
+    if not len(row):
+        return stored.load(0, 0, device).view(0, grid.columns)
+    at = row // grid.span * grid.rows + row % grid.span // grid.height
+    first, last = int(at[0]), int(at[-1]) + 1
+    return stored.load(first * grid.columns, last * grid.columns, device).view(-1, grid.columns)[at - first]
+
+
+def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """Return `values`, each group of columns multiplied in place by its scale; the last group may be shorter.
+
+    values  # (rows, columns)
+    scales  # (rows, ceil(columns / group))
+    """
+    whole = values.shape[1] // group
+    values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
+    if whole < scales.shape[1]:
+        values[:, whole * group :].mul_(scales[:, whole:])
+    return values
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """Return the float32 values of E8M0 scales, whether they come as `float8_e8m0fnu` or as bytes: 2**(e - 127)."""
+    import torch
+
+    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)
+
+
+def e2m1_values(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+    """Return the two E2M1 values of every byte, in element order, flat float32.
+
+    codes  # (n,) uint8
+    ->     # (2 * n,)
+    """
+    import torch
+
+    pairs = nibble_pairs(torch.tensor(E2M1, device=codes.device), high_first=high_first)
+    return look_up(codes.view(-1), pairs).view(-1)

@@ -41,7 +41,11 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, plain
+    from tests.cases import bnb, fp8, plain
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES]
+    return [
+        *plain.CASES,
+        *bnb.CASES,
+        *fp8.CASES,
+    ]
