@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, fp8_fine_grained, plain, quantization_config
+from pytest_quantcheck.schemes import (
+    bnb_4bit,
+    bnb_8bit,
+    ct_pack_quantized,
+    fp8_fine_grained,
+    plain,
+    quantization_config,
+)
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -13,6 +20,7 @@ from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    ct_pack_quantized.SCHEME,
     fp8_fine_grained.SCHEME,
     plain.SCHEME,
 )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_quantcheck.dtypes import BITS, DTYPES
+from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
@@ -127,3 +131,63 @@ def e2m1_values(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tenso
 
     pairs = nibble_pairs(torch.tensor(E2M1, device=codes.device), high_first=high_first)
     return look_up(codes.view(-1), pairs).view(-1)
+
+
+def row_codes(raw: torch.Tensor, bits: int, count: int, skip: int = 0) -> torch.Tensor:
+    """Return `count` codes of every row as int32: one stream per row, lowest bits first, after `skip` bits.
+
+    raw  # (rows, bytes) uint8
+    ->   # (rows, count)
+    """
+    import torch
+
+    at = torch.arange(count, device=raw.device) * bits + skip
+    low = at // 8
+    wide = raw.to(torch.int32)
+    pair = wide[:, low] | (wide[:, (low + 1).clamp_(max=max(0, raw.shape[1] - 1))] << 8)
+    return (pair >> (at % 8).to(torch.int32)) & ((1 << bits) - 1)
+
+
+def word_codes(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return `count` codes of every row as int32, where each 32-bit word holds `32 // bits` of them, lowest bits first.
+
+    raw  # (rows, 4 * words) uint8
+    ->   # (rows, count)
+    """
+    import torch
+
+    words = raw.contiguous().view(torch.int32)
+    shifts = torch.arange(32 // bits, device=raw.device, dtype=torch.int32) * bits
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :count]
+
+
+def read_integers(stored: StoredTensor, *, limit: int = 1 << 10) -> tuple[int, ...]:
+    """Return the values of a small integer tensor: the shape or the sizes that a format keeps beside its codes."""
+    width = BITS[stored.dtype] // 8
+    if DTYPES[stored.dtype].kind != "int":
+        raise FormatError(f"{stored.dtype} {list(stored.shape)} is no list of integers", tensor=stored.name)
+    raw, signed = stored.read(limit=limit), stored.dtype.startswith("I")
+    return tuple(int.from_bytes(raw[at : at + width], "little", signed=signed) for at in range(0, len(raw), width))
+
+
+def shift_groups(values: torch.Tensor, zeros: torch.Tensor, group: int) -> torch.Tensor:
+    """Return `values`, less the zero point of each group of columns, in place; the last group may be shorter.
+
+    values  # (rows, columns)
+    zeros   # (rows, ceil(columns / group))
+    """
+    whole = values.shape[1] // group
+    values[:, : whole * group].view(len(values), whole, group).sub_(zeros[:, :whole].unsqueeze(-1))
+    if whole < zeros.shape[1]:
+        values[:, whole * group :].sub_(zeros[:, whole:])
+    return values
+
+
+def matrix_windows(start: int, stop: int, rows: int) -> Iterator[tuple[int, slice]]:
+    """Yield which rows of which matrix of a stack the rows `start` up to `stop` are.
+
+    >>> list(matrix_windows(3, 9, 4))
+    [(0, slice(3, 4, None)), (1, slice(0, 4, None)), (2, slice(0, 1, None))]
+    """
+    for matrix in range(start // rows, -(-stop // rows)):
+        yield matrix, slice(max(start - matrix * rows, 0), min(stop - matrix * rows, rows))

@@ -41,11 +41,12 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, fp8, plain
+    from tests.cases import bnb, compressed_tensors, fp8, plain
 
     # One row per scheme.
     return [
         *plain.CASES,
         *bnb.CASES,
         *fp8.CASES,
+        *compressed_tensors.CASES,
     ]
