@@ -37,6 +37,8 @@ class LiveTensor(NamedTuple):
         """Return bytes of the tensor, copied to the host."""
         import torch
 
+        if self.tensor.is_meta:
+            raise FormatError("a small tensor that decides a shape is on the meta device: it has no values")
         flat = self.tensor.detach().contiguous().view(-1).view(torch.uint8)[start:stop]
         return bytearray(flat.cpu().numpy().tobytes())
 

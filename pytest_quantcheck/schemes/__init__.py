@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import aqlm, bitnet, bnb_4bit, bnb_8bit, gptq, mlx, plain, quantization_config, vptq
+from pytest_quantcheck.schemes import (
+    aqlm,
+    bitnet,
+    bnb_4bit,
+    bnb_8bit,
+    ct_pack_quantized,
+    fp8_fine_grained,
+    gptq,
+    mlx,
+    plain,
+    quantization_config,
+    vptq,
+)
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
@@ -18,6 +30,8 @@ SCHEMES: tuple[Scheme, ...] = (
     aqlm.SCHEME,
     vptq.SCHEME,
     gptq.SCHEME,
+    ct_pack_quantized.SCHEME,
+    fp8_fine_grained.SCHEME,
     plain.SCHEME,
 )
 

@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import aqlm, bitnet, bnb, gptq, mlx, plain, vptq
+    from tests.cases import aqlm, bitnet, bnb, compressed_tensors, fp8, gptq, mlx, plain, vptq
 
     # One row per scheme.
     return [
@@ -52,4 +52,6 @@ def all_cases() -> list[Case]:
         *aqlm.CASES,
         *vptq.CASES,
         *gptq.CASES,
+        *fp8.CASES,
+        *compressed_tensors.CASES,
     ]
