@@ -37,7 +37,8 @@ def artifact(request, made, case, tmp_path):
         pytest.skip("this layout is not saved")
     tensors = {name: tensor.contiguous().clone() for name, tensor in content.tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"} | content.metadata)
-    (tmp_path / "config.json").write_text(json.dumps(content.config))
+    for name, json_content in {"config.json": content.config, **content.files}.items():
+        (tmp_path / name).write_text(json.dumps(json_content))
     return inspect(tmp_path)
 
 

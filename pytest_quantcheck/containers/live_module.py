@@ -112,7 +112,8 @@ class _Walk:
                 group = self._expose(parameter, name)
                 if group is None:
                     _refuse_wrapper(parameter, place.child(name).prefix)
-                self._add_group(group or {name: parameter}, {name: parameter}, {}, place)
+                group = group or {name: parameter}
+                self._add_group(group, {next(iter(group)): parameter}, {}, place)  # its first tensor stands for it
         self._add_group({name: tensor for name, tensor in buffers.items() if name not in shown}, {}, buffers, place)
         for child, child_place in _children(module, place):
             self.visit(child, child_place)

@@ -16,6 +16,8 @@ from pytest_quantcheck.schemes import (
     mlx,
     plain,
     quantization_config,
+    quanto_qbits,
+    quanto_qbytes,
     vptq,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
@@ -32,6 +34,8 @@ SCHEMES: tuple[Scheme, ...] = (
     gptq.SCHEME,
     ct_pack_quantized.SCHEME,
     fp8_fine_grained.SCHEME,
+    quanto_qbits.SCHEME,
+    quanto_qbytes.SCHEME,
     plain.SCHEME,
 )
 

@@ -5,14 +5,7 @@ Source: transformers 5.17, `configuration_*.py` and `modeling_*.py` of llama, qw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-_NESTED = ("text_config", "llm_config")
-
-
-def linear_shape(name: str, params: int, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return `[N, K]` of the linear weight `name` that has `params` values, or None where that is open.
+from collections.abc import Callable, Mapping, _NESTED =, from typing import Any
 
     >>> linear_shape("model.layers.0.mlp.down_proj.weight", 6, {"hidden_size": 2, "intermediate_size": 3})
     (2, 3)
@@ -56,6 +49,9 @@ def _feed_forward(layer: str, hidden: int, config: Mapping[str, Any]) -> list[tu
             "n_inner",
         )
     }
+
+
+    inner = {_size(config, key) for key in _INNER}
     if layer in ("gate_proj", "up_proj", "fc1", "w1", "w3", "dense_h_to_4h"):
         return [(size, hidden) for size in inner]
     if layer in ("down_proj", "fc2", "w2", "dense_4h_to_h"):

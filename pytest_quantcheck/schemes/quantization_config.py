@@ -1,4 +1,4 @@
-"""Where a checkpoint says how it is quantized: eight places, one answer."""
+"""Where a checkpoint says how it is quantized: ten places, one answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
-_OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+_OWN_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "quanto",
+    "quantization_map.json": "quanto",
+}
 
 
 def find(configs: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ class Made:
     tensors: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)  # further JSON files beside the weights, by name
     tolerance: float = 0.0
 
 
@@ -41,7 +42,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import aqlm, bitnet, bnb, compressed_tensors, fp8, gptq, mlx, plain, vptq
+    from tests.cases import aqlm, bitnet, bnb, compressed_tensors, fp8, gptq, mlx, plain, quanto, vptq
 
     # One row per scheme.
     return [
@@ -54,4 +55,5 @@ def all_cases() -> list[Case]:
         *gptq.CASES,
         *fp8.CASES,
         *compressed_tensors.CASES,
+        *quanto.CASES,
     ]
