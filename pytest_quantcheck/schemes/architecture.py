@@ -5,7 +5,15 @@ Source: transformers 5.17, `configuration_*.py` and `modeling_*.py` of llama, qw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, _NESTED =, from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_NESTED = ("text_config", "llm_config")
+_INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+
+
+def linear_shape(name: str, params: int, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return `[N, K]` of the linear weight `name` of `params` values, None where the configuration leaves it open.
 
     >>> linear_shape("model.layers.0.mlp.down_proj.weight", 6, {"hidden_size": 2, "intermediate_size": 3})
     (2, 3)
@@ -39,18 +47,6 @@ def _candidates(layer: str, config: Mapping[str, Any]) -> list[tuple[int, int]]:
 def _feed_forward(layer: str, hidden: int, config: Mapping[str, Any]) -> list[tuple[int, int]]:
     if layer in ("lm_head", "embed_out"):
         return [(_size(config, "vocab_size"), hidden)]
-    inner = {
-        _size(config, key)
-        for key in (
-            "intermediate_size",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "ffn_dim",
-            "n_inner",
-        )
-    }
-
-
     inner = {_size(config, key) for key in _INNER}
     if layer in ("gate_proj", "up_proj", "fc1", "w1", "w3", "dense_h_to_4h"):
         return [(size, hidden) for size in inner]

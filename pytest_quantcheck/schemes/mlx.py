@@ -208,7 +208,7 @@ def _scales(tensor: LogicalTensor, layout: Layout, first: int, last: int, device
         return scales.to(torch.float32)
     if layout.mode == "nvfp4":
         return scales.view(torch.float8_e4m3fn).to(torch.float32)
-    return packing.e8m0(scales)
+    return packing.powers_of_two(scales)
 
 
 SCHEME = Scheme(

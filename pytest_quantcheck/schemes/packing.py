@@ -73,22 +73,6 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(codes.to(torch.int32), table)
 
 
-def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two that E8M0 bytes stand for, as float32: 2 ** (byte - 127), and NaN for 255.
-
-    Source: OCP Microscaling Formats 1.0, 5.4.1.
-
-    >>> import torch
-    >>> e8m0(torch.tensor([0, 126, 128, 255], dtype=torch.uint8)).tolist()
-    [5.877471754111438e-39, 0.5, 2.0, nan]
-    """
-    import torch
-
-    bits = exponents.to(torch.int32)
-    bits = torch.where(bits == 0, 1 << 22, bits << 23)  # 2 ** -127 is subnormal
-    return torch.where(exponents == 255, torch.nan, bits.view(torch.float32))
-
-
 def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the first `count` codes of every row, each row a stream of its own, lowest bits first, as int64.
 
