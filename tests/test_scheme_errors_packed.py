@@ -137,7 +137,51 @@ VPTQ = [
     Broken("vptq-indices-alone", {"layer.indices": (I32, (1, 6, 3))}, "layer.indices: I32 .*no scheme"),
 ]  # fmt: skip
 
-BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ]
+METAL_CONFIG = {"quantization_config": {"quant_method": "metal", "bits": 4, "group_size": 32}}
+
+
+def metal(**changes) -> dict:
+    group = {"weight": (U32, (6, 8)), "scales": (F16, (6, 2)), "qbiases": (F16, (6, 2))} | changes
+    return {f"layer.{name}": content for name, content in group.items() if content is not None}
+
+
+METAL = [
+    Broken("metal-no-qbiases", metal(qbiases=None), "layer.scales: has no `layer.qbiases`", METAL_CONFIG),
+    Broken("metal-no-scales", metal(scales=None), "layer.qbiases: has no `layer.scales`", METAL_CONFIG),
+    Broken("metal-no-weight", metal(weight=None), "layer.(scales|qbiases): has no `layer.weight`", METAL_CONFIG),
+    Broken("metal-groups", metal(scales=(F16, (6, 3))), "layer.scales: .*does not match 6 x 64", METAL_CONFIG),
+    Broken("metal-three-bits", metal(), "layer.weight: has 3 bits",
+           {"quantization_config": {"quant_method": "metal", "bits": 3}}),
+    Broken("metal-without-config", metal(), "layer.weight: has `qbiases`, and no configuration"),
+]  # fmt: skip
+
+
+def gemma_config(**changes) -> dict:
+    return {"quantization_config": {"quant_method": "gemma", "num_bits": 4} | changes}
+
+
+def gemma(**changes) -> dict:
+    group = {"weight": (U8, (6, 4)), "weight_scale": (F32, (6, 1))} | changes
+    return {f"layer.{name}": content for name, content in group.items() if content is not None}
+
+
+GEMMA = [
+    Broken("gemma-no-weight", gemma(weight=None), "layer.weight_scale: has no `layer.weight`", gemma_config()),
+    Broken("gemma-no-scale", gemma(weight_scale=None), "layer.weight: U8 .*has no scale", gemma_config()),
+    Broken("gemma-rows-of-scales", gemma(weight_scale=(F32, (5, 1))), "layer.weight_scale: .*does not divide",
+           gemma_config()),
+    Broken("gemma-blocks", gemma(weight_scale=(F32, (6, 3))), "layer.weight_scale: .*does not divide", gemma_config()),
+    Broken("gemma-bytes-of-8-bits", gemma(), "layer.weight: is U8 with 8 bits", gemma_config(num_bits=8)),
+    Broken("gemma-three-bits", gemma(), "layer.weight: is U8 with 3 bits", gemma_config(num_bits=3)),
+    Broken("gemma-two-possible-widths", gemma(), r"layer.weight: has \[7, 8\] columns",
+           gemma_config() | {"hidden_size": 7, "head_dim": 8}),
+    Broken("gemma-endless-pattern", gemma(), "layer.weight: pattern .* is too complex",
+           gemma_config(module_quant_configs={"(a+)+$": {"num_bits": 2}})),
+    Broken("gemma-activation-scale-alone", {"layer.input_activation_scale": (F32, ())},
+           "layer.input_activation_scale: belongs to", gemma_config()),
+]  # fmt: skip
+
+BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ, *METAL, *GEMMA]
 
 
 def stored(content) -> torch.Tensor:
@@ -155,3 +199,12 @@ def test_is_refused(row, tmp_path):
     with pytest.raises(FormatError, match=row.error) as raised:
         inspect(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_metal_layer_that_is_not_quantized_yet_counts_its_plain_weight():
+    from transformers.integrations.metal_quantization import MetalLinear
+
+    model = torch.nn.Module()
+    model.layer = MetalLinear(64, 6, dtype=None, group_size=32)  # on its way to being quantized while it loads
+    artifact = inspect(model)
+    assert (artifact.tensor("layer.weight").scheme, artifact.logical_params) == ("plain", 6 * 64)

@@ -72,3 +72,24 @@ def fitting_shape(name: str, config: Mapping[str, Any], fits: Callable[[int, int
     levels = (config, *(config[key] for key in _NESTED if isinstance(config.get(key), Mapping)))
     found = {shape for level in levels for shape in _candidates(layer, level) if fits(*shape)}
     return found.pop() if len(found) == 1 else None
+
+
+_SIZES = ("size", "dim", "width", "features", "channels", "rank", "d_model", "n_embd", "n_inner")
+
+
+def named_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Return every size that a configuration names, quantization left out: no layer is wide in another way by accident.
+
+    >>> sorted(named_sizes({"hidden_size": 33, "vision_config": {"head_dim": 3}, "eos_token_id": 32}))
+    [3, 33]
+    """
+    found: set[int] = set()
+    left: list[Mapping[str, Any]] = [config]
+    while left:
+        for key, value in left.pop().items():
+            if isinstance(value, Mapping) and "quantization" not in key:
+                left.append(value)
+            values = value if isinstance(value, list) else [value]
+            if any(word in key for word in _SIZES):
+                found.update(size for size in values if type(size) is int)
+    return found

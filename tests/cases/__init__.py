@@ -42,7 +42,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import aqlm, bitnet, bnb, compressed_tensors, fp8, gptq, mlx, plain, quanto, vptq
+    from tests.cases import aqlm, bitnet, bnb, compressed_tensors, fp8, gemma, gptq, metal, mlx, plain, quanto, vptq
 
     # One row per scheme.
     return [
@@ -52,6 +52,8 @@ def all_cases() -> list[Case]:
         *bitnet.CASES,
         *aqlm.CASES,
         *vptq.CASES,
+        *metal.CASES,
+        *gemma.CASES,
         *gptq.CASES,
         *fp8.CASES,
         *compressed_tensors.CASES,
