@@ -181,7 +181,34 @@ GEMMA = [
            "layer.input_activation_scale: belongs to", gemma_config()),
 ]  # fmt: skip
 
-BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ, *METAL, *GEMMA]
+
+def spqr(**changes) -> dict:
+    """A sound group of [32, 38]."""
+    group = {
+        "dense_weights": (I64, (96,)), "row_offsets": (I32, (33,)), "col_vals": (I32, (5,)), "in_perm": (I32, (19,)),
+    }  # fmt: skip
+    return {f"layer.{name}": content for name, content in (group | changes).items() if content is not None}
+
+
+def spqr_config(**changes) -> dict:
+    return {"quantization_config": {"quant_method": "spqr"} | changes}
+
+
+SPQR = [
+    Broken("spqr-no-offsets", spqr(row_offsets=None), "layer.dense_weights: has no `layer.row_offsets`"),
+    Broken("spqr-no-outliers", spqr(col_vals=None), "layer.dense_weights: has no `layer.col_vals`"),
+    Broken("spqr-no-codes", spqr(dense_weights=None), "layer.(row_offsets|col_vals): has no `layer.dense_weights`",
+           spqr_config()),
+    Broken("spqr-no-codes-no-config", spqr(dense_weights=None), "layer.(row_offsets|col_vals): .*no scheme claims"),
+    Broken("spqr-tiles", spqr(dense_weights=(I64, (80,))), "layer.dense_weights: has 80 words, which is not 32 or 512"),
+    Broken("spqr-nothing-says-k", spqr(in_perm=None), "layer.weight: .*leave its shape open"),
+    Broken("spqr-shapes", spqr(), "layer.col_vals: has 5 values, its `shapes` say 6",
+           spqr_config(shapes={"layer.col_vals.shape": 6})),
+    Broken("spqr-four-bits", spqr(), "layer: has bits 4", spqr_config(bits=4)),
+    Broken("spqr-int32-words", spqr(dense_weights=(I32, (96,))), "layer.dense_weights: I32 .*is no `dense_weights`"),
+]  # fmt: skip
+
+BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ, *METAL, *GEMMA, *SPQR]
 
 
 def stored(content) -> torch.Tensor:

@@ -20,6 +20,7 @@ from pytest_quantcheck.schemes import (
     quantization_config,
     quanto_qbits,
     quanto_qbytes,
+    spqr,
     vptq,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
@@ -35,6 +36,7 @@ SCHEMES: tuple[Scheme, ...] = (
     vptq.SCHEME,
     metal.SCHEME,
     gemma.SCHEME,
+    spqr.SCHEME,
     gptq.SCHEME,
     ct_pack_quantized.SCHEME,
     fp8_fine_grained.SCHEME,

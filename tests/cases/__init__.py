@@ -42,7 +42,21 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import aqlm, bitnet, bnb, compressed_tensors, fp8, gemma, gptq, metal, mlx, plain, quanto, vptq
+    from tests.cases import (
+        aqlm,
+        bitnet,
+        bnb,
+        compressed_tensors,
+        fp8,
+        gemma,
+        gptq,
+        metal,
+        mlx,
+        plain,
+        quanto,
+        spqr,
+        vptq,
+    )
 
     # One row per scheme.
     return [
@@ -54,6 +68,7 @@ def all_cases() -> list[Case]:
         *vptq.CASES,
         *metal.CASES,
         *gemma.CASES,
+        *spqr.CASES,
         *gptq.CASES,
         *fp8.CASES,
         *compressed_tensors.CASES,
