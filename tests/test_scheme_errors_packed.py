@@ -53,6 +53,7 @@ MLX = [
            {"quantization": {"group_size": 64, "bits": 4, "layer": False}}),
     Broken("mlx-global-scale-of-affine", mlx(global_scale=(F32, (1,))), "layer.global_scale: is no global scale",
            FOUR_BITS),
+    Broken("mlx-scales-alone", mlx(weight=None, biases=None), "layer.scales: has no `layer.weight`", FOUR_BITS),
     Broken("mlx-integer-scales", mlx(scales=(I16, (6, 2))), "layer.weight: I16 scales are neither", FOUR_BITS),
 ]  # fmt: skip
 
@@ -208,7 +209,42 @@ SPQR = [
     Broken("spqr-int32-words", spqr(dense_weights=(I32, (96,))), "layer.dense_weights: I32 .*is no `dense_weights`"),
 ]  # fmt: skip
 
-BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ, *METAL, *GEMMA, *SPQR]
+EETQ_CONFIG = {"quantization_config": {"quant_method": "eetq"}}
+
+
+def eetq(**changes) -> dict:
+    group = {"weight": (torch.int8, (64, 128)), "weight_scales": (F16, (128,))} | changes
+    return {f"layer.{name}": content for name, content in group.items() if content is not None}
+
+
+EETQ = [
+    Broken("eetq-no-scales", eetq(weight_scales=None), "layer.weight: I8 .*no `layer.weight_scales`", EETQ_CONFIG),
+    Broken("eetq-no-weight", eetq(weight=None), "layer.weight_scales: has no `layer.weight`", EETQ_CONFIG),
+    Broken("eetq-scales-of-inputs", eetq(weight_scales=(F16, (64,))), "layer.weight_scales: .*each of 128 outputs"),
+    Broken("eetq-floats", eetq(weight=(F16, (64, 128))), "layer.weight: F16 .*is not I8", EETQ_CONFIG),
+]  # fmt: skip
+
+HIGGS_CONFIG = {"quantization_config": {"quant_method": "higgs", "bits": 4, "group_size": 64, "hadamard_size": 128}}
+
+
+def higgs(**changes) -> dict:
+    """A sound group of [32, 128]."""
+    group = {
+        "weight": (I16, (8, 128)), "scales": (F16, (32, 2)), "tables": (F16, (16,)), "tables2": (F16, (16, 16, 4)),
+    }  # fmt: skip
+    return {f"layer.{name}": content for name, content in (group | changes).items() if content is not None}
+
+
+HIGGS = [
+    Broken("higgs-no-scales", higgs(scales=None), "layer.tables2?: has no `layer.scales`", HIGGS_CONFIG),
+    Broken("higgs-no-weight", higgs(weight=None), "layer.tables2?: has no `layer.weight`", HIGGS_CONFIG),
+    Broken("higgs-no-tables", higgs(tables=None, tables2=None), "layer.(weight|scales): is part of", HIGGS_CONFIG),
+    Broken("higgs-bits", higgs(weight=(I16, (6, 128))), "layer.weight: has 6 rows .*not 4 bits of 32", HIGGS_CONFIG),
+    Broken("higgs-tables-of-3-bits", higgs(tables=(F16, (8,))), "layer.tables: has tables of", HIGGS_CONFIG),
+    Broken("higgs-groups", higgs(scales=(F16, (32, 3))), "layer.scales: has 3 groups of 64", HIGGS_CONFIG),
+]  # fmt: skip
+
+BROKEN = [*MLX, *BITNET, *AQLM, *VPTQ, *METAL, *GEMMA, *SPQR, *EETQ, *HIGGS]
 
 
 def stored(content) -> torch.Tensor:

@@ -59,6 +59,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     prefix, _, last = anchor.name.rpartition(".")
     weight_name = f"{prefix}.weight" if prefix else "weight"
     weight = namespace.tensors.get(weight_name)
+    if last in KINDS and weight is None and _made_by_mlx(namespace):
+        raise FormatError(f"has no `{weight_name}` beside it", tensor=anchor.name)
     if last not in KINDS or weight is None or weight.dtype != "U32":
         return None
     found = {part: namespace.tensors.get(f"{prefix}.{part}" if prefix else part) for part in KINDS}
@@ -84,6 +86,11 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     )
     _check(tensor, layout)
     return tensor
+
+
+def _made_by_mlx(namespace: Namespace) -> bool:
+    """Whether the configuration is one of MLX, which names no method."""
+    return "quant_method" not in namespace.quantization and _settings(namespace) != {}
 
 
 def _layout(prefix: str, weight: StoredTensor, scales: StoredTensor, namespace: Namespace) -> Layout:

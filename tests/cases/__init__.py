@@ -16,7 +16,7 @@ class Made:
     """What one row makes. `live` holds the weight as a module, `tensors` as a checkpoint would; either may be absent.
 
     `values` is what the library itself decodes (float32), equal to ours within `tolerance` times its largest value:
-    0 means bit for bit.
+    0 means bit for bit. None where only a GPU can decode: ours must refuse.
     """
 
     values: Any
@@ -47,9 +47,11 @@ def all_cases() -> list[Case]:
         bitnet,
         bnb,
         compressed_tensors,
+        eetq,
         fp8,
         gemma,
         gptq,
+        higgs,
         metal,
         mlx,
         plain,
@@ -69,6 +71,8 @@ def all_cases() -> list[Case]:
         *metal.CASES,
         *gemma.CASES,
         *spqr.CASES,
+        *eetq.CASES,
+        *higgs.CASES,
         *gptq.CASES,
         *fp8.CASES,
         *compressed_tensors.CASES,
