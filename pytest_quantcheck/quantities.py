@@ -68,6 +68,15 @@ def format_count(count: int) -> str:
     return f"{count:,}" if unit is None else f"{count:,} ({count / _COUNT_UNITS[unit]:.2f}{unit})"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, in the singular for one.
+
+    >>> counted(1, "tensor"), counted(2300, "tensor")
+    ('1 tensor', '2,300 tensors')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as people write it.
 

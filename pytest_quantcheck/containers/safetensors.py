@@ -203,7 +203,8 @@ def _open_folder(folder: str, *, index: str | None = None) -> Container:
     if not named and "model.safetensors" in present.keys() - shards:
         raise FormatError(f"holds both `model.safetensors` and `{index}` (readers differ): name one", file=folder)
     tensors: dict[str, StoredTensor] = {}
-    headers, metadata = 0, {}
+    headers = 0
+    metadata: dict[str, str] = {}
     for shard in shards:
         found, header = _tensors_of(files.open_beneath(folder, shard), shown=os.path.join(folder, shard))
         _check_shard(shard, found, tensors, weight_map, folder)
@@ -247,8 +248,8 @@ def _find_weights(folder: str, present: Mapping[str, int]) -> list[str]:
         if SHARD.search(found[0]):
             raise FormatError(f"holds the shard `{found[0]}`, but no index and no other shard", file=folder)
         return found
-    counts = {match.group(1) for name in found if (match := SHARD.search(name))}
-    if len(counts) == 1 and int(counts.pop()) == len(found):
+    announced = {match.group(1) if (match := SHARD.search(name)) else "" for name in found}
+    if announced == {f"{len(found):0{len(min(announced))}}"}:
         return found
     raise FormatError(
         f"holds {len(found)} safetensors files and no index ({', '.join(found[:3])} ...): name one", file=folder

@@ -49,6 +49,10 @@ SCHEMES: tuple[Scheme, ...] = (
     plain.SCHEME,
 )
 
+# The models whose linears are transformers' Conv1D, and the names of those layers.
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
 
 def exposers() -> Mapping[str, Expose]:
     """Return how live objects are shown as stored tensors, by `package.Class`."""
@@ -72,7 +76,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     for scheme in SCHEMES:
         for anchor in _anchors(scheme, by_ending):
             if anchor.name not in found:
-                _take(scheme.claim(anchor, namespace), found)
+                _take(scheme.claim(anchor, namespace), found, namespace)
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
@@ -94,9 +98,11 @@ def _anchors(scheme: Scheme, by_ending: Mapping[str, list[StoredTensor]]) -> Ite
             yield from group
 
 
-def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor]) -> None:
+def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespace: Namespace) -> None:
     if tensor is None:
         return
+    if _was_conv1d(tensor, namespace):
+        tensor = tensor._replace(transposed=True)
     if tensor.stored.role in ("adapter", "shadow"):
         tensor = tensor._replace(role=tensor.stored.role)
     for part in tensor.parts:
@@ -104,6 +110,12 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor]) -> None
             other = found[part.stored.name].name
             raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
         found[part.stored.name] = tensor
+
+
+def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:
+    """Whether the unquantized model keeps this matrix as [in, out]; every quantizer makes a [out, in] linear of it."""
+    layer = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    return layer in CONV1D_LAYERS and namespace.config.get("model_type") in CONV1D_MODELS
 
 
 def _configured(namespace: Namespace) -> tuple[Scheme, ...]:

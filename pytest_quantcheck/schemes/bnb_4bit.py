@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import conv1d, packing
+from pytest_quantcheck.schemes import packing
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -109,7 +109,6 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.blocksize,
-        transposed=bool(state.get("conv1d")) or conv1d.holds(name.removesuffix(".weight"), namespace),
         floor_db=_floor_db(layout),
     )
     _check(tensor, layout)
@@ -203,8 +202,7 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     state = getattr(weight, "quant_state", None) or getattr(owner, "quant_state", None)
     sizes = [getattr(owner, attribute, None) for attribute in _SIZES]
     features = tuple(size for size in sizes if size is not None)
-    is_conv1d = getattr(getattr(owner, "source_cls", None), "__name__", "") == "Conv1D"
-    return _show("weight", weight, state, features=features, is_conv1d=is_conv1d)
+    return _show("weight", weight, state, features=features)
 
 
 _SIZES = ("out_features", "in_features", "num_embeddings", "embedding_dim")
@@ -216,9 +214,7 @@ def expose_parametrization(owner: Any, name: str) -> Mapping[str, Any] | None:
     return _show("original", owner._parameters["original"], states[0]) if states else None
 
 
-def _show(
-    name: str, weight: Any, state: Any, *, features: tuple[int, ...] = (), is_conv1d: bool = False
-) -> dict[str, Any] | None:
+def _show(name: str, weight: Any, state: Any, *, features: tuple[int, ...] = ()) -> dict[str, Any] | None:
     if state is None:
         return _show_without_state(name, weight, features)
     shown = {name: weight, f"{name}.absmax": state.absmax, f"{name}.quant_map": state.code}
@@ -226,7 +222,6 @@ def _show(
         "quant_type": state.quant_type,
         "blocksize": state.blocksize,
         "shape": list(state.shape),
-        "conv1d": is_conv1d,
         "packed_for_cpu": getattr(state, "packing_format_for_cpu", False),
     }
     if state.nested:

@@ -1,0 +1,5 @@
+"""`python -m pytest_quantcheck` is `quantcheck`."""
+
+from pytest_quantcheck.cli import main
+
+main()

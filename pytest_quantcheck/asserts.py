@@ -1,0 +1,147 @@
+"""Assertions about quantized models: thin, each raises AssertionError with numbers.
+
+Every one takes a live model, a path or an `Artifact`. A file that cannot be read exactly is a `FormatError`, a call
+that makes no sense a `ValueError` or `TypeError`; only a check that was made and failed is an AssertionError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pytest_quantcheck.artifact import Subject, inspect
+from pytest_quantcheck.checks import coverage, integrity, params, size
+from pytest_quantcheck.checks.verdict import Verdict
+from pytest_quantcheck.errors import FormatError
+
+if TYPE_CHECKING:
+    from pytest_quantcheck.checks.fidelity import Comparison
+
+
+def assert_logical_params(
+    subject: Subject, expected: float | str, *, rel: float | None = None, abs: float | None = None
+) -> None:
+    """Fail unless the model has the parameters it claims, whatever the way they are stored.
+
+    An int must match exactly, a float within `rel` (default 1e-3), a string such as `"7.24B"` when the count rounds to
+    what is written. `rel` and `abs` (in parameters) widen the first two.
+    """
+    __tracebackhide__ = True
+    _require(params.check_logical_params(inspect(subject), expected, rel=rel, abs=abs))
+
+
+def assert_trainable_params(
+    subject: Subject, expected: float | str, *, rel: float | None = None, abs: float | None = None
+) -> None:
+    """Fail unless an optimizer would see this many logical parameters of a live model.
+
+    The message tells what is frozen because it is packed from what is frozen by choice.
+    """
+    __tracebackhide__ = True
+    _require(params.check_trainable_params(inspect(subject), expected, rel=rel, abs=abs))
+
+
+def assert_quantized(subject: Subject, *patterns: str) -> None:
+    """Fail unless every matrix that a pattern matches is quantized.
+
+    Patterns are globs over tensor or module names (`"*.mlp.*"`), or regular expressions after `re:`. A pattern that
+    matches nothing fails.
+    """
+    __tracebackhide__ = True
+    _require(coverage.check_quantized(inspect(subject), patterns))
+
+
+def assert_not_quantized(subject: Subject, *patterns: str) -> None:
+    """Fail unless every tensor that a pattern matches is left unquantized: `"lm_head"`, `"*.router"`."""
+    __tracebackhide__ = True
+    _require(coverage.check_not_quantized(inspect(subject), patterns))
+
+
+def assert_quantized_fraction(subject: Subject, *, min: float | None = None, max: float | None = None) -> None:
+    """Fail unless the share of logical parameters that is quantized lies between `min` and `max` (0 to 1)."""
+    __tracebackhide__ = True
+    _require(coverage.check_quantized_fraction(inspect(subject), min=min, max=max))
+
+
+def assert_bits_per_weight(
+    subject: Subject,
+    *,
+    max: float | None = None,
+    min: float | None = None,
+    of: Literal["quantized", "model"] = "quantized",
+) -> None:
+    """Fail unless the bits per weight are within limits, scales and bookkeeping included.
+
+    Over the quantized tensors, or with `of="model"` over all parameters, unquantized embeddings included.
+    """
+    __tracebackhide__ = True
+    _require(coverage.check_bits_per_weight(inspect(subject), max=max, min=min, of=of))
+
+
+def assert_size_budget(
+    subject: Subject,
+    budget: str | int | None = None,
+    *,
+    per_class: Mapping[str, str | int] | None = None,
+    bits_per_weight: float | None = None,
+) -> None:
+    """Fail when the artifact is larger than its budget, and say where the bytes go.
+
+    `budget` is bytes or text such as `"4.3 GB"` (powers of 1000) or `"4 GiB"` (powers of 1024), over all files of a
+    folder. `per_class` limits byte classes (`{"scales": "100 MB"}`); `bits_per_weight` limits the file size over the
+    logical parameters.
+    """
+    __tracebackhide__ = True
+    _require(size.check_size_budget(inspect(subject), budget, per_class=per_class, bits_per_weight=bits_per_weight))
+
+
+def assert_checkpoint_intact(subject: Subject, *, values: bool = True, allow: Sequence[str] = ()) -> None:
+    """Fail unless header, file, index and config agree, all values are finite, and nothing is stored twice or dead.
+
+    `values=False` looks at headers only and needs no torch. `allow` names findings that may stay, such as
+    `"orphan-file"`.
+    """
+    __tracebackhide__ = True
+    try:
+        artifact = inspect(subject)
+    except FormatError as error:
+        raise AssertionError(f"integrity: {error}") from None
+    _require(integrity.check_intact(artifact, values=values, allow=allow))
+
+
+def assert_dequant_fidelity(
+    subject: Subject,
+    reference: Subject,
+    min_sqnr_db: float | Literal["auto"] = "auto",
+    *,
+    gain: float | None = None,
+    bias: float | None = None,
+    min_block_sqnr_db: float | Literal["auto"] = "auto",
+    max_error: float | None = None,
+    device: str = "cpu",
+) -> Comparison:
+    """Fail unless what is stored still decodes to the reference; return the comparison otherwise.
+
+    Per tensor: SQNR in dB (`"auto"`: the floor of its encoding), `gain` off 1 (default 0.04), `bias` in standard
+    deviations of the reference (default 0.05), the SQNR of the worst block (`"auto"`: 3 dB), and `max_error` in the
+    units of the weights. Plain tensors are compared too. Comparing nothing, or nothing quantized, fails.
+    """
+    __tracebackhide__ = True
+    from pytest_quantcheck.checks import fidelity
+
+    limits = fidelity.Limits(
+        min_sqnr_db,
+        fidelity.GAIN if gain is None else gain,
+        fidelity.BIAS if bias is None else bias,
+        min_block_sqnr_db,
+        max_error,
+    )
+    comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
+    _require(fidelity.check_fidelity(comparison))
+    return comparison
+
+
+def _require(verdict: Verdict) -> None:
+    __tracebackhide__ = True
+    if not verdict.passed:
+        raise AssertionError(str(verdict))

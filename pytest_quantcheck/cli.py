@@ -1,0 +1,148 @@
+"""The command line: `quantcheck inspect`, `compare`, `lint`.
+
+Exit code 0: all good, notes and warnings included. 1: findings of severity error (`--strict`: warnings too).
+2: could not check; one line on stderr says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from pytest_quantcheck.errors import FormatError, printable
+from pytest_quantcheck.finding import Finding
+
+OK, FOUND, COULD_NOT_CHECK = 0, 1, 2
+SIGNALLED = 130
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document (schema 1) instead of tables."
+)
+strict_option = click.option("--strict", is_flag=True, help="Exit with 1 on warnings too.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pytest-quantcheck", prog_name="quantcheck")
+def cli() -> None:
+    """The test kit for quantized models: logical parameter counts, dequantization fidelity and sizes."""
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@json_option
+@strict_option
+def inspect(path: str, as_json: bool, strict: bool) -> int:
+    """Show every tensor of PATH: its logical shape beside what is stored, its scheme, bits and bytes; then totals.
+
+    PATH is a .safetensors file, an index, or a checkpoint folder. Only headers are read.
+    """
+    from pytest_quantcheck.artifact import inspect as inspect_path
+
+    artifact = inspect_path(path)
+    if as_json:
+        from pytest_quantcheck.report.json import of_artifact
+
+        _print_json(of_artifact(artifact))
+    else:
+        from pytest_quantcheck.report.terminal import print_artifact
+
+        print_artifact(artifact)
+    return _exit_code(artifact.findings, strict=strict)
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@click.argument("reference", type=click.Path())
+@json_option
+@strict_option
+@click.option(
+    "--min-sqnr-db", type=float, help="Require this SQNR of every tensor instead of the floor of its encoding."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
+def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db: float | None, device: str) -> int:
+    """Decode PATH and compare every tensor with REFERENCE, the unquantized checkpoint. Needs torch."""
+    from pytest_quantcheck.artifact import inspect as inspect_path
+    from pytest_quantcheck.checks.fidelity import Limits
+    from pytest_quantcheck.checks.fidelity import compare as compare_values
+
+    artifact, other = inspect_path(path), inspect_path(reference)
+    _require_torch(device)
+    limits = Limits() if min_sqnr_db is None else Limits(min_sqnr_db=min_sqnr_db)
+    comparison = compare_values(artifact, other, limits, device=device)
+    if as_json:
+        from pytest_quantcheck.report.json import of_comparison
+
+        _print_json(of_comparison(comparison))
+    else:
+        from pytest_quantcheck.report.terminal import print_comparison
+
+        print_comparison(comparison)
+    return _exit_code(comparison.findings, strict=strict)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lint(arguments: tuple[str, ...]) -> int:
+    """Flag naive parameter counts in source code: the same as `quantcheck-lint`."""
+    from quantcheck_lint.cli import main as lint_main
+
+    return lint_main(list(arguments)) or OK
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; whatever goes wrong is one line, never a traceback."""
+    try:
+        code = cli.main(arguments, prog_name="quantcheck", standalone_mode=False)
+        sys.stdout.flush()
+    except (FormatError, ValueError, TypeError) as error:
+        _fail(str(error))
+    except click.UsageError as error:
+        _fail(error.format_message() + (f" (see {error.ctx.command_path} --help)" if error.ctx else ""))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except BrokenPipeError:
+        # The reader has seen enough: `quantcheck inspect ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = OK
+    except (click.Abort, KeyboardInterrupt):
+        code = SIGNALLED
+    except MemoryError:
+        _fail("out of memory")
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(printable(part) for part in message.splitlines() if part)
+    print(f"quantcheck: error: {line}", file=sys.stderr)
+    sys.exit(COULD_NOT_CHECK)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    json.dump(document, sys.stdout, allow_nan=False)
+    print()
+
+
+def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
+    serious = ("error", "warning") if strict else ("error",)
+    return FOUND if any(finding.severity in serious for finding in findings) else OK
+
+
+def _require_torch(device: str) -> None:
+    """Fail in one line where values cannot be decoded at all."""
+    try:
+        import torch
+    except ImportError:
+        raise click.ClickException(
+            "compare decodes values and needs torch: pip install pytest-quantcheck[torch]"
+        ) from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.ClickException(f"device `{device}` cannot be used: {str(error).splitlines()[0]}") from None

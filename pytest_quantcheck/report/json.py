@@ -1,0 +1,94 @@
+"""The JSON documents, schema 1: stable keys, numbers as numbers, what has no value as null."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
+from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.tensor import LogicalTensor
+
+SCHEMA = 1
+
+
+def of_artifact(artifact: Artifact) -> dict[str, Any]:
+    """Return what `quantcheck inspect --json` prints."""
+    bits = artifact.bits_per_weight
+    return {
+        "schema": SCHEMA,
+        "source": artifact.source,
+        "container": artifact.container,
+        "logical_params": artifact.logical_params,
+        "stored_elements": artifact.stored_elements,
+        "tied_params": artifact.tied_params,
+        "buffers": artifact.buffers,
+        "file_bytes": artifact.file_bytes,
+        "bytes": artifact.bytes,
+        "bits_per_weight": {"quantized": _rounded(bits.quantized), "model": _rounded(bits.model)},
+        "quantized_fraction": _rounded(artifact.quantized_fraction),
+        "schemes": {name: total._asdict() for name, total in artifact.schemes.items()},
+        "tensors": [_tensor(tensor) for tensor in artifact.tensors],
+        "findings": _findings(artifact.findings),
+    }
+
+
+def of_comparison(comparison: Comparison) -> dict[str, Any]:
+    """Return what `quantcheck compare --json` prints."""
+    return {
+        "schema": SCHEMA,
+        "compared": len(comparison.tensors),
+        "sqnr_db": _finite(comparison.sqnr_db),
+        "findings": _findings(comparison.findings),
+        "tensors": [_fidelity(row) for row in comparison.tensors],
+    }
+
+
+def _tensor(tensor: LogicalTensor) -> dict[str, Any]:
+    stored = tensor.stored
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "params": tensor.params,
+        "scheme": tensor.scheme,
+        "bits_per_weight": _rounded(tensor.bits_per_weight),
+        "stored": {"dtype": stored.dtype, "shape": list(stored.shape)},
+        "bytes": tensor.bytes,
+        "role": tensor.role,
+    }
+
+
+def _fidelity(row: Fidelity) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "scheme": row.scheme,
+        "sqnr_db": _finite(row.sqnr_db),
+        "gain": _finite(row.gain),
+        "bias": _finite(row.bias),
+        "max_error": _finite(row.max_error),
+        "min_block_sqnr_db": _finite(row.min_block_sqnr_db),
+        "expected_sqnr_db": _finite(row.expected_sqnr_db),
+        "verdict": verdict(row),
+    }
+
+
+def verdict(row: Fidelity) -> str:
+    """Return `failed`, `equal` (no error at all, so no finite SQNR) or `passed`."""
+    if row.faults:
+        return "failed"
+    return "equal" if math.isinf(row.sqnr_db) else "passed"
+
+
+def _findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    return [finding._asdict() for finding in findings]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return round(value, 6) if value is not None and math.isfinite(value) else None
