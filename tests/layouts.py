@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-WIDTH = {"U8": 8, "I8": 8, "BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "I32": 32, "I64": 64}
+WIDTH = {"U8": 8, "I8": 8, "BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "I32": 32, "U32": 32, "I64": 64}
 
 
 class Entry(NamedTuple):
