@@ -1,0 +1,69 @@
+"""Listing DeepSeek-V3's checkpoint: 91,991 tensors in 163 shards, FP8 in blocks, as whole processes.
+
+The checkpoint is sparse: its headers are real, its 690 GB of weights are holes that nobody reads. Ours gives the exact
+parameters and where every byte goes, having refused whatever two parsers could read differently; the others list names
+and shapes as they stand.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import measure
+from tests import layouts
+
+PARAMETERS = 684_489_845_504  # the Hub shows 684,531,386,000: it counts the 41,540,496 scales
+
+OURS = f"""
+from pytest_quantcheck import inspect
+artifact = inspect({{path!r}})
+assert artifact.logical_params == {PARAMETERS:_}
+assert sum(artifact.bytes.values()) == artifact.file_bytes
+artifact.bits_per_weight, artifact.schemes
+"""
+
+LIBRARY = """
+import glob
+from safetensors import safe_open
+count = 0
+for shard in glob.glob({path!r} + "/*.safetensors"):
+    with safe_open(shard, "np") as file:
+        count += len([(name, file.get_slice(name).get_shape()) for name in file.keys()])
+assert count == 91_991
+"""
+
+JSON = """
+import glob, json, struct
+count = 0
+for shard in glob.glob({path!r} + "/*.safetensors"):
+    with open(shard, "rb") as file:
+        count += len(json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))) - 1
+assert count == 91_991
+"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deepseek"
+        layouts.write_folder(path, layouts.deepseek_v3(), layouts.DEEPSEEK_CONFIG, layouts.DEEPSEEK_SHARDS)
+        results = measure.in_turns(
+            {
+                "inspect(path) with its totals": measure.python(OURS.format(path=str(path))),
+                "quantcheck inspect": [sys.executable, "-m", "pytest_quantcheck", "inspect", str(path)],
+                "quantcheck inspect --json": [
+                    sys.executable,
+                    "-m",
+                    "pytest_quantcheck",
+                    "inspect",
+                    "--json",
+                    str(path),
+                ],
+                "safetensors library, names and shapes": measure.python(LIBRARY.format(path=str(path))),
+                "bare json, names": measure.python(JSON.format(path=str(path))),
+                "an empty Python": measure.python("pass"),
+            },
+            rounds=3,
+        )
+    measure.table(results)
