@@ -5,8 +5,10 @@ This is where containers and schemes meet: `inspect` opens the container, asks t
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -171,8 +173,21 @@ def inspect(subject: Subject) -> Artifact:
     if isinstance(subject, Artifact):
         return subject
     if isinstance(subject, (str, os.PathLike)):
-        return _artifact(containers.open_path(subject))
+        with _uncollected():
+            return _artifact(containers.open_path(subject))
     return _artifact(live_module.open_module(subject, schemes.exposers()))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Records by the hundred thousand, and no cycle among them: the collector would walk them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def count_params(subject: Subject, trainable: bool | None = None) -> int:

@@ -24,8 +24,11 @@ def parse_object(raw: bytes | bytearray, *, limit: int) -> dict[str, Any]:
     return value
 
 
-def parse(raw: bytes | bytearray, hook: Callable[[list[tuple[str, Any]]], Any], *, limit: int) -> Any:
-    """Return the JSON value in `raw`; `hook` makes each object from its pairs, duplicates included."""
+def parse(raw: bytes | bytearray, hook: Callable[[list[tuple[str, Any]]], Any] | None, *, limit: int) -> Any:
+    """Return the JSON value in `raw`; `hook` makes each object from its pairs, duplicates included.
+
+    Without a hook an object is a dict, which keeps the last of two equal keys: the caller must rule them out.
+    """
     if len(raw) > limit:
         raise FormatError(f"JSON of {len(raw):,} bytes (limit {limit:,})")
     try:
@@ -47,9 +50,17 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of one JSON object as a dict, refusing duplicate keys."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise FormatError(f"duplicate key `{next(key for key in found if keys.count(key) > 1)}`")
+        raise FormatError(f"duplicate key `{_first_repeated(pairs)}` (readers differ on which one wins)")
     return found
+
+
+def _first_repeated(pairs: list[tuple[str, Any]]) -> str:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise ValueError("no key is repeated")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.containers import files
@@ -86,64 +86,39 @@ def read_header(read: Read, size: int) -> Header:
     raw = read(8, 8 + length)
     if raw[:1] != b"{":
         raise FormatError("header does not start with `{`")
-    pairs = strict_json.parse(raw, _entry, limit=HEADER_LIMIT)
-    tensors, metadata = _split(pairs)
-    _check_coverage(tensors, size - 8 - length)
-    return Header(tensors, metadata, 8 + length)
-
-
-class _Entry(NamedTuple):
-    dtype: str
-    shape: list[int]
-    offsets: list[int]
-
-
-_FIELDS = {"dtype", "shape", "data_offsets"}
-
-
-def _entry(pairs: list[tuple[str, Any]]) -> Any:
-    """Make one JSON object of the header: a tensor entry where it looks like one, else the bare pairs.
-
-    The usual order of the three fields is tried first: a header can have 100,000 of them.
-    """
-    if len(pairs) == 3:
-        (first, dtype), (second, shape), (third, offsets) = pairs
-        if first == "dtype" and second == "shape" and third == "data_offsets":
-            return _Entry(dtype, shape, offsets)
-        fields = dict(pairs)
-        if fields.keys() == _FIELDS:
-            return _Entry(fields["dtype"], fields["shape"], fields["data_offsets"])
-    return pairs
-
-
-def _split(pairs: object) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], Mapping[str, str]]:
-    if not isinstance(pairs, list):
+    entries = strict_json.parse(raw, None, limit=HEADER_LIMIT)
+    if not isinstance(entries, dict):
         raise FormatError("header is not an object of tensors")
-    metadata: Mapping[str, str] = {}
-    tensors = {}
-    for name, entry in pairs:
-        if name == "__metadata__":
-            metadata = _metadata(entry)
-        elif isinstance(entry, _Entry):
-            tensors[name] = _checked(name, entry)
-        else:
-            raise FormatError("entry has not exactly `dtype`, `shape` and `data_offsets`", tensor=name)
-    if len(tensors) + ("__metadata__" in dict(pairs)) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in dict(pairs) if names.count(name) > 1)
-        raise FormatError("appears twice in the header (readers differ on which one wins)", tensor=twice)
-    return tensors, metadata
+    metadata = _metadata(entries.pop("__metadata__")) if "__metadata__" in entries else None
+    tensors = {name: _checked(name, entry) for name, entry in entries.items()}
+    _check_duplicates(raw, 4 * len(tensors) + (0 if metadata is None else 1 + len(metadata)))
+    _check_coverage(tensors, size - 8 - length)
+    return Header(tensors, metadata or {}, 8 + length)
+
+
+def _check_duplicates(raw: bytes | bytearray, pairs: int) -> None:
+    """Refuse a header in which a key is repeated, given how many pairs of key and value were read.
+
+    Every pair that is written has a colon, so as many colons as pairs leave no room for one that was dropped. More may
+    also lie in names: then the header is read again, pair by pair.
+    """
+    if raw.count(b":") != pairs:
+        strict_json.parse(raw, strict_json.unique, limit=HEADER_LIMIT)
 
 
 def _metadata(entry: object) -> Mapping[str, str]:
-    pairs = list(zip(_Entry._fields, entry, strict=True)) if isinstance(entry, _Entry) else entry
-    if not isinstance(pairs, list) or not all(isinstance(value, str) for _, value in pairs):
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise FormatError("`__metadata__` is not an object of strings")
-    return strict_json.unique(pairs)
+    return entry
 
 
-def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
-    dtype, shape, offsets = entry
+def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or len(entry) != 3:
+        raise FormatError(_FIELDS, tensor=name)
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except KeyError:
+        raise FormatError(_FIELDS, tensor=name) from None
     bits = BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
@@ -162,6 +137,9 @@ def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
             f"{dtype} {shape} needs {total_bits // 8:,} bytes, its range has {stop - start:,}", tensor=name
         )
     return dtype, tuple(shape), start, stop
+
+
+_FIELDS = "entry has not exactly `dtype`, `shape` and `data_offsets`"
 
 
 def _check_coverage(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], data_size: int) -> None:
@@ -279,7 +257,7 @@ def _check_shard(
     folder: str,
 ) -> None:
     shown = os.path.join(folder, shard)
-    if not found.keys().isdisjoint(seen):
+    if not found.keys().isdisjoint(seen.keys()):  # a view: of two views the shorter is walked
         twice = next(name for name in found if name in seen)
         raise FormatError("is also in another shard (readers differ on which one wins)", file=shown, tensor=twice)
     if weight_map is None:

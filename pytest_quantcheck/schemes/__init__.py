@@ -106,16 +106,16 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
     if tensor.stored.role in ("adapter", "shadow"):
         tensor = tensor._replace(role=tensor.stored.role)
     for part in tensor.parts:
-        if part.stored.name in found:
-            other = found[part.stored.name].name
-            raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
-        found[part.stored.name] = tensor
+        other = found.setdefault(part.stored.name, tensor)
+        if other is not tensor:
+            raise FormatError(f"belongs to `{other.name}` and to `{tensor.name}` at once", tensor=part.stored.name)
 
 
 def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:
     """Whether the unquantized model keeps this matrix as [in, out]; every quantizer makes a [out, in] linear of it."""
-    layer = tensor.name.rpartition(".")[0].rpartition(".")[2]
-    return layer in CONV1D_LAYERS and namespace.config.get("model_type") in CONV1D_MODELS
+    if namespace.config.get("model_type") not in CONV1D_MODELS:
+        return False
+    return tensor.name.rpartition(".")[0].rpartition(".")[2] in CONV1D_LAYERS
 
 
 def _configured(namespace: Namespace) -> tuple[Scheme, ...]:

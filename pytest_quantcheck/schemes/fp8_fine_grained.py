@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,7 +82,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     record = namespace.tensors.get(f"{name}{BLOCK_SIZE}")
     layout = _layout(anchor, shape, packed, _block_size(anchor, record, namespace))
     parts = [Part("weight", "codes", weight), Part("weight_scale_inv", "scales", anchor)]
-    parts += [Part("activation_scale", "scales", stored) for stored in _activation_scales(name, namespace)]
+    for stored in _activation_scales(name, namespace):
+        parts.append(Part("activation_scale", "scales", stored))
     if record is not None:
         parts.append(Part("block_size", "bookkeeping", record))
     variant = _variant(anchor, layout)
@@ -153,9 +155,9 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
 
 
 def _activation_scales(name: str, namespace: Namespace) -> list[StoredTensor]:
-    prefix = name.removesuffix("weight") if name.rpartition(".")[2] == "weight" else f"{name}_"
-    names = (f"{prefix}activation_scale", f"{prefix}input_scale")
-    return [namespace.tensors[found] for found in names if found in namespace.tensors]
+    prefix = name[: -len("weight")] if name == "weight" or name.endswith(".weight") else f"{name}_"
+    found = (namespace.tensors.get(f"{prefix}activation_scale"), namespace.tensors.get(f"{prefix}input_scale"))
+    return [stored for stored in found if stored is not None]
 
 
 def _block_size(anchor: StoredTensor, record: StoredTensor | None, namespace: Namespace) -> tuple[int, int] | None:
@@ -169,17 +171,30 @@ def _block_size(anchor: StoredTensor, record: StoredTensor | None, namespace: Na
     block = settings.get("weight_block_size", default)
     if block is None:
         return None
-    if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
-        raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=anchor.name)
-    return block[0], block[1]
+    if isinstance(block, (list, tuple)) and len(block) == 2:
+        rows, columns = block
+        if type(rows) is int and type(columns) is int and rows > 0 and columns > 0:
+            return rows, columns
+    raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=anchor.name)
 
 
 def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, block: tuple[int, int] | None) -> Layout:
     """Fit the scales to the weight; what does not fit is a `FormatError`."""
-    grid = _grid(scale, shape)
+    try:
+        return _fitted(scale.shape, shape, packed, block, "gate_up" in scale.name)
+    except FormatError as error:
+        raise error.at(tensor=scale.name) from None
+
+
+@lru_cache(maxsize=1024)
+def _fitted(
+    scales: tuple[int, ...], shape: tuple[int, ...], packed: bool, block: tuple[int, int] | None, fused: bool
+) -> Layout:
+    """The layout of one pair of shapes: a model has few, however many tensors."""
+    grid = _grid(scales, shape)
     rows, columns = shape[-2:]
     if grid == (1, 1) and not packed:
-        rows = prod(shape[:-1]) if scale.elements == 1 else rows
+        rows = prod(shape[:-1]) if prod(scales) == 1 else rows
         return Layout(grid, rows, (rows, columns), packed)
     if packed:
         block = FP4_BLOCK
@@ -190,23 +205,23 @@ def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, block: tu
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if grid == wanted:
         return Layout(grid, rows, block, packed)
-    if grid == (2, wanted[1]) and wanted[0] == 1 and "gate_up" in scale.name and rows % 2 == 0:
+    if grid == (2, wanted[1]) and wanted[0] == 1 and fused and rows % 2 == 0:
         return Layout(grid, rows, (rows // 2, block[1]), packed)
     rule = f"{wanted[0]} x {wanted[1]} for {list(shape)} in blocks of {block[0]} x {block[1]}"
-    raise FormatError(f"{list(scale.shape)} does not fit its weight ({rule})", tensor=scale.name)
+    raise FormatError(f"{list(scales)} does not fit its weight ({rule})")
 
 
-def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> tuple[int, int]:
+def _grid(scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
     """The rows and columns of scales over one matrix."""
     if len(shape) < 2:
-        raise FormatError(f"scales a tensor of shape {list(shape)} (a matrix belongs there)", tensor=scale.name)
-    if scale.elements == 1 or scale.shape == shape[:-2]:
+        raise FormatError(f"scales a tensor of shape {list(shape)} (a matrix belongs there)")
+    if prod(scales) == 1 or scales == shape[:-2]:
         return 1, 1
-    if len(scale.shape) == len(shape) and scale.shape[:-2] == shape[:-2]:
-        return scale.shape[-2], scale.shape[-1]
-    if scale.shape == shape[:-1]:
+    if len(scales) == len(shape) and scales[:-2] == shape[:-2]:
+        return scales[-2], scales[-1]
+    if scales == shape[:-1]:
         return shape[-2], 1
-    raise FormatError(f"{list(scale.shape)} is no grid over {list(shape)}", tensor=scale.name)
+    raise FormatError(f"{list(scales)} is no grid over {list(shape)}")
 
 
 def _variant(scale: StoredTensor, layout: Layout) -> str:
