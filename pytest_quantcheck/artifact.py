@@ -77,7 +77,7 @@ class Artifact:
     @cached_property
     def logical_params(self) -> int:
         """The number of parameters of the unquantized model, adapters included."""
-        return sum(tensor.params for tensor in self.parameters)
+        return sum(total.params for total in self.schemes.values())
 
     @cached_property
     def adapter_params(self) -> int:
@@ -104,7 +104,8 @@ class Artifact:
     @cached_property
     def tied_params(self) -> int:
         """The logical parameters that appear a second time, under another name, and are not counted again."""
-        by_stored = {tensor.stored.name: tensor for tensor in self.parameters}
+        targets = set(self.aliases.values())
+        by_stored = {tensor.stored.name: tensor for tensor in self.parameters if tensor.stored.name in targets}
         aliased = sum(by_stored[first].params for first in self.aliases.values() if first in by_stored)
         return aliased + sum(tensor.params for tensor in self.tensors if tensor.role == "tied")
 
@@ -116,7 +117,7 @@ class Artifact:
     @cached_property
     def quantized_params(self) -> int:
         """The logical parameters whose values are encoded."""
-        return sum(tensor.params for tensor in self.parameters if tensor.quantized)
+        return sum(total.params for name, total in self.schemes.items() if name != "plain")
 
     @property
     def quantized_fraction(self) -> float:
@@ -126,9 +127,8 @@ class Artifact:
     @cached_property
     def bits_per_weight(self) -> BitsPerWeight:
         """Bits per logical weight, scales and bookkeeping of each tensor included, file headers left out."""
-        return BitsPerWeight(
-            _bits([tensor for tensor in self.parameters if tensor.quantized]), _bits(list(self.parameters))
-        )
+        quantized = [total for name, total in self.schemes.items() if name != "plain"]
+        return BitsPerWeight(_bits(quantized), _bits(list(self.schemes.values())))
 
     @cached_property
     def bytes(self) -> dict[ByteClass, int]:
@@ -147,13 +147,13 @@ class Artifact:
     @cached_property
     def schemes(self) -> dict[str, SchemeTotal]:
         """What each scheme holds of the parameters, by scheme."""
-        groups: dict[str, list[LogicalTensor]] = {}
+        sums: dict[str, list[int]] = {}
         for tensor in self.parameters:
-            groups.setdefault(tensor.scheme, []).append(tensor)
-        return {
-            name: SchemeTotal(len(group), sum(t.params for t in group), sum(t.nbytes for t in group))
-            for name, group in sorted(groups.items())
-        }
+            total = sums.setdefault(tensor.scheme, [0, 0, 0])
+            total[0] += 1
+            total[1] += tensor.params
+            total[2] += tensor.nbytes
+        return {name: SchemeTotal(*total) for name, total in sorted(sums.items())}
 
     def tensor(self, name: str) -> LogicalTensor:
         """Return the logical tensor of that name, aliases of tied weights included."""
@@ -261,6 +261,6 @@ def _same_sample(one: LogicalTensor, other: LogicalTensor) -> bool:
     )
 
 
-def _bits(tensors: list[LogicalTensor]) -> float | None:
-    params = sum(tensor.params for tensor in tensors)
-    return 8 * sum(tensor.nbytes for tensor in tensors) / params if params else None
+def _bits(totals: list[SchemeTotal]) -> float | None:
+    params = sum(total.params for total in totals)
+    return 8 * sum(total.bytes for total in totals) / params if params else None

@@ -16,12 +16,21 @@ def parse_object(raw: bytes | bytearray, *, limit: int) -> dict[str, Any]:
 
     Refused: over `limit` bytes, not UTF-8, nested over 64 deep, duplicate keys, NaN and infinities, trailing text.
     """
-    value = parse(raw, unique, limit=limit)
+    value = parse(raw, None, limit=limit)
     if not isinstance(value, dict):
         raise FormatError(f"JSON holds a {type(value).__name__} where an object belongs")
-    if _depth(value) > MAX_DEPTH:
-        raise FormatError(f"JSON nested deeper than {MAX_DEPTH}")
+    refuse_duplicates(raw, _pairs(value), limit=limit)
     return value
+
+
+def refuse_duplicates(raw: bytes | bytearray, pairs: int, *, limit: int) -> None:
+    """Refuse JSON in which a key is repeated, given how many pairs of key and value came of it as dicts.
+
+    Every pair that is written has a colon, so as many colons as pairs leave no room for one that was dropped. More may
+    also lie in strings: then it is read again, pair by pair.
+    """
+    if raw.count(b":") != pairs:
+        parse(raw, unique, limit=limit)
 
 
 def parse(raw: bytes | bytearray, hook: Callable[[list[tuple[str, Any]]], Any] | None, *, limit: int) -> Any:
@@ -67,13 +76,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise FormatError(f"`{name}` is not JSON")
 
 
-def _depth(value: object) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
-        ]
-    return depth
+def _pairs(value: dict[str, Any]) -> int:
+    """The pairs of all objects in a value; nested deeper than 64 is a `FormatError`."""
+    pairs, level = 0, [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for parent in level:
+            children = parent.values() if type(parent) is dict else parent
+            pairs += len(parent) if type(parent) is dict else 0
+            below += [child for child in children if type(child) is dict or type(child) is list]
+        if not below:
+            return pairs
+        level = below
+    raise FormatError(f"JSON nested deeper than {MAX_DEPTH}")

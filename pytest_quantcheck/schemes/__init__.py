@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
@@ -81,14 +82,14 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
         if name not in found:
             _refuse(stored, configured, namespace)
             found[name] = plain.claim(stored, namespace)
-    return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
+    return [tensor for name in container.tensors if (tensor := found[name]).parts[0].stored.name == name]
 
 
 def _by_ending(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
     """The stored tensors by the last component of their names: there are few, however many tensors."""
-    found: dict[str, list[StoredTensor]] = {}
+    found: dict[str, list[StoredTensor]] = defaultdict(list)
     for name, stored in tensors.items():
-        found.setdefault(name[name.rfind(".") + 1 :], []).append(stored)
+        found[name[name.rfind(".") + 1 :]].append(stored)
     return found
 
 
