@@ -114,28 +114,23 @@ def assert_dequant_fidelity(
     reference: Subject,
     min_sqnr_db: float | Literal["auto"] = "auto",
     *,
-    gain: float | None = None,
-    bias: float | None = None,
+    gain: float | Literal["auto"] = "auto",
+    bias: float = 0.05,
     min_block_sqnr_db: float | Literal["auto"] = "auto",
     max_error: float | None = None,
     device: str = "cpu",
 ) -> Comparison:
     """Fail unless what is stored still decodes to the reference; return the comparison otherwise.
 
-    Per tensor: SQNR in dB (`"auto"`: the floor of its encoding), `gain` off 1 (default 0.04), `bias` in standard
-    deviations of the reference (default 0.05), the SQNR of the worst block (`"auto"`: 3 dB), and `max_error` in the
-    units of the weights. Plain tensors are compared too. Comparing nothing, or nothing quantized, fails.
+    Per tensor: SQNR in dB (`"auto"`: the floor of its encoding), `gain` off 1 (`"auto"`: 0.04, more for formats of two
+    and three bits), `bias` in standard deviations of the reference, the SQNR of the worst block (`"auto"`: 3 dB, for
+    block formats of four bits and more), and `max_error` in the units of the weights. Plain tensors are compared too.
+    Comparing nothing, or nothing quantized, fails.
     """
     __tracebackhide__ = True
     from pytest_quantcheck.checks import fidelity
 
-    limits = fidelity.Limits(
-        min_sqnr_db,
-        fidelity.GAIN if gain is None else gain,
-        fidelity.BIAS if bias is None else bias,
-        min_block_sqnr_db,
-        max_error,
-    )
+    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error)
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
     _require(fidelity.check_fidelity(comparison))
     return comparison

@@ -22,7 +22,7 @@ class Device(NamedTuple):
 
 
 def choose(wanted: str, *, worker: int | None = None) -> Device:
-    """Return the device for a wish such as `auto`, `cpu`, `cuda` or `cuda:1`.
+    """Return the device for a wish such as `auto`, `cpu`, `cuda` or `cuda:1`; a word torch does not know is an error.
 
     An xdist worker without an index of its own gets the visible GPUs in turn: worker 5 of 4 GPUs gets `cuda:1`. The
     caller's CUDA_VISIBLE_DEVICES is respected, since torch numbers what is visible.
@@ -31,15 +31,18 @@ def choose(wanted: str, *, worker: int | None = None) -> Device:
 
     if wanted == AUTO:
         wanted = next((kind for kind in ACCELERATORS if _count(kind)), "cpu")
-    kind, _, index = wanted.partition(":")
+    try:
+        kind, index = torch.device(wanted).type, torch.device(wanted).index
+    except RuntimeError:
+        raise ValueError(f"device `{wanted}` is not one that torch knows (cpu, cuda, cuda:1, xpu ...)") from None
     if kind == "cpu":
         return Device(wanted)
     count = _count(kind)
     if not count:
         return Device(wanted, f"device `{wanted}` is not available: torch {torch.__version__} sees no {kind} device")
-    if index and int(index) >= count:
+    if index is not None and index >= count:
         return Device(wanted, f"device `{wanted}` is not available: torch sees {count} {kind} device(s)")
-    if not index and worker is not None:
+    if index is None and worker is not None:
         return Device(f"{kind}:{worker % count}")
     return Device(wanted)
 

@@ -210,6 +210,13 @@ def test_the_device_is_decided_by_option_then_marker_then_ini(pytester, argument
     pytester.runpytest(*arguments).assert_outcomes(passed=1)
 
 
+def test_a_device_that_torch_does_not_know_fails_and_never_skips(pytester):
+    pytester.makepyfile("def test_it(quant_device): pass")
+    result = pytester.runpytest("--quantcheck-device=cuad")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*device `cuad` is not one that torch knows*"])
+
+
 def test_misuse_is_explained(pytester):
     pytester.makepyfile(
         """

@@ -25,20 +25,23 @@ from pytest_quantcheck.tensor import LogicalTensor
 if TYPE_CHECKING:
     import torch
 
-# A healthy 4-bit format shrinks by 0.5 %; all scales off by 5 % come out at 4.5 %.
+# A healthy 4-bit format shrinks by 0.5 %; all scales off by 5 % come out at 4.5 %. A format of few levels shrinks by
+# its own noise, and that much more is allowed of it.
 GAIN = 0.04
 BIAS = 0.05
-# A dead block is at 0 dB, one of eight corrupted codes at 2.7, the worst healthy one of NF4 at 12 and more.
+# A dead block is at 0 dB, one of eight corrupted codes at 2.7, the worst healthy one of NF4 at 12 and more. Formats
+# that are hardly better as a whole have healthy blocks below that.
 MIN_BLOCK_DB = 3.0
+MIN_BLOCK_FROM_DB = 14.0
 DEFAULT_BLOCK = 64
 WINDOW = 1 << 20
 
 
 class Limits(NamedTuple):
-    """What is allowed. `auto` takes the floor of each tensor's encoding."""
+    """What is allowed. `auto` takes what each tensor's encoding is known to keep."""
 
     min_sqnr_db: float | Literal["auto"] = "auto"
-    gain: float = GAIN
+    gain: float | Literal["auto"] = "auto"
     bias: float = BIAS
     min_block_sqnr_db: float | Literal["auto"] = "auto"
     max_error: float | None = None
@@ -260,8 +263,9 @@ def _judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
     elif not row.sqnr_db >= expected:
         block = f" (block {tensor.block})" if tensor.block else ""
         faults.append(f"SQNR {row.sqnr_db:.1f} dB is under {expected:.1f} dB expected for {row.scheme}{block}")
-    if not abs(row.gain - 1) <= limits.gain:
-        faults.append(f"gain {row.gain:.3f} is off 1 by more than {limits.gain:g}: scales are wrong")
+    allowed = _allowed_gain(tensor) if limits.gain == "auto" else limits.gain
+    if not abs(row.gain - 1) <= allowed:
+        faults.append(f"gain {row.gain:.3f} is off 1 by more than {allowed:.2g}: scales are wrong")
     if not abs(row.bias) <= limits.bias:
         faults.append(f"bias {row.bias:+.3f} sigma is over {limits.bias:g}: zero points are wrong")
     floor = _block_floor(tensor, limits)
@@ -277,7 +281,12 @@ def _judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
 def _block_floor(tensor: LogicalTensor, limits: Limits) -> float | None:
     if limits.min_block_sqnr_db != "auto":
         return limits.min_block_sqnr_db
-    return MIN_BLOCK_DB if tensor.block else None
+    return MIN_BLOCK_DB if tensor.block and (tensor.floor_db or 0) >= MIN_BLOCK_FROM_DB else None
+
+
+def _allowed_gain(tensor: LogicalTensor) -> float:
+    """Levels at the means of what they stand for shrink the whole by the share of the noise."""
+    return max(GAIN, 1.5 * 10 ** (-tensor.floor_db / 10)) if tensor.floor_db else GAIN
 
 
 def _margin(row: Fidelity) -> tuple[bool, float]:

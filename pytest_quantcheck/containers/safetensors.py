@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.containers import files
-from pytest_quantcheck.dtypes import BITS
+from pytest_quantcheck.dtypes import BITS, SAFETENSORS
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.tensor import ByteClass, Container, StoredTensor
@@ -112,7 +112,7 @@ def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except KeyError:
         raise FormatError(_FIELDS, tensor=name) from None
-    bits = BITS.get(dtype) if type(dtype) is str else None
+    bits = BITS[dtype] if type(dtype) is str and dtype in SAFETENSORS else None
     if bits is None:
         raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from pytest_quantcheck.errors import FormatError, UnknownEncoding
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import (
     aqlm,
     bitnet,
@@ -21,13 +23,25 @@ from pytest_quantcheck.schemes import (
     mlx,
     plain,
     quantization_config,
+    quanto_kernels,
     quanto_qbits,
     quanto_qbytes,
     spqr,
+    torch_ao,
+    torchao_affine,
+    torchao_int4,
+    torchao_int4_cpu,
+    torchao_mx,
+    torchao_nf4,
+    torchao_opaque,
+    transformer_engine,
     vptq,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
@@ -44,9 +58,18 @@ SCHEMES: tuple[Scheme, ...] = (
     higgs.SCHEME,
     gptq.SCHEME,
     ct_pack_quantized.SCHEME,
+    transformer_engine.SCHEME,
     fp8_fine_grained.SCHEME,
+    quanto_kernels.SCHEME,
     quanto_qbits.SCHEME,
     quanto_qbytes.SCHEME,
+    torchao_affine.SCHEME,
+    torchao_mx.SCHEME,
+    torchao_int4.SCHEME,
+    torchao_int4_cpu.SCHEME,
+    torchao_nf4.SCHEME,
+    torchao_opaque.SCHEME,
+    torch_ao.SCHEME,
     plain.SCHEME,
 )
 
@@ -56,8 +79,16 @@ CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def exposers() -> Mapping[str, Expose]:
-    """Return how live objects are shown as stored tensors, by `package.Class`."""
-    return {name: expose for scheme in SCHEMES for name, expose in scheme.live.items()}
+    """Return how live objects are shown as stored tensors, by `package.Class`; of several schemes the first answers."""
+    asked: dict[str, list[Expose]] = {}
+    for scheme in SCHEMES:
+        for name, expose in scheme.live.items():
+            asked.setdefault(name, []).append(expose)
+    return {name: each[0] if len(each) == 1 else partial(_first_answer, each) for name, each in asked.items()}
+
+
+def _first_answer(asked: Iterable[Expose], owner: Any, name: str) -> Mapping[str, Any] | None:
+    return next((shown for expose in asked if (shown := expose(owner, name)) is not None), None)
 
 
 def logical_tensors(container: Container) -> list[LogicalTensor]:
@@ -81,7 +112,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
-            found[name] = plain.claim(stored, namespace)
+            found[name] = _of_all_ranks(plain.claim(stored, namespace))
     return [tensor for name in container.tensors if (tensor := found[name]).parts[0].stored.name == name]
 
 
@@ -106,10 +137,22 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
         tensor = tensor._replace(transposed=True)
     if tensor.stored.role in ("adapter", "shadow"):
         tensor = tensor._replace(role=tensor.stored.role)
+    tensor = _of_all_ranks(tensor)
     for part in tensor.parts:
         other = found.setdefault(part.stored.name, tensor)
         if other is not tensor:
             raise FormatError(f"belongs to `{other.name}` and to `{tensor.name}` at once", tensor=part.stored.name)
+
+
+def _of_all_ranks(tensor: LogicalTensor) -> LogicalTensor:
+    """The tensor as all ranks together have it, where its parts are a shard."""
+    if tensor.stored.whole is None:
+        return tensor
+    return tensor._replace(shape=tensor.stored.whole, decoder=_decode_shard)
+
+
+def _decode_shard(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    raise NotDecodable("is sharded: this process holds only a part of it (gather it first)", tensor=tensor.name)
 
 
 def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:

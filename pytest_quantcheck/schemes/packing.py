@@ -254,3 +254,80 @@ def matrix_windows(start: int, stop: int, rows: int) -> Iterator[tuple[int, slic
     """
     for matrix in range(start // rows, -(-stop // rows)):
         yield matrix, slice(max(start - matrix * rows, 0), min(stop - matrix * rows, rows))
+
+
+def block_values(
+    stored: StoredTensor, shape: tuple[int, ...], grid: tuple[int, ...], rows: range, device: str
+) -> torch.Tensor:
+    """Return the values of a grid of equal blocks over a tensor, for some rows of it, as float32.
+
+    shape   # (..., columns); all dimensions but the last are rows
+    grid    # as many dimensions, each a divisor of the one in `shape`
+    stored  # values of the grid, row-major
+    ->      # (len(rows), grid[-1])
+    """
+    import torch
+
+    rest = torch.arange(rows.start, rows.stop, device=device)
+    row, stride = torch.zeros_like(rest), 1
+    for size, blocks in zip(reversed(shape[:-1]), reversed(grid[:-1]), strict=True):
+        row += rest % size // (size // blocks) * stride
+        rest, stride = rest // size, stride * blocks
+    if not rows:
+        return torch.empty((0, grid[-1]), device=device)
+    low, high = int(row.min()), int(row.max()) + 1
+    values = stored.load(low * grid[-1], high * grid[-1], device).to(torch.float32)
+    return values.view(high - low, grid[-1])[row - low]
+
+
+def by_column_block(values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return a view of rows of values beside their column blocks, ready to be combined in place.
+
+    values   # (rows, columns)
+    factors  # (rows, blocks)
+    ->       # (rows, blocks, columns / blocks) and the factors take [..., None]
+    """
+    return values.view(*factors.shape, values.shape[-1] // factors.shape[-1])
+
+
+def unswizzled_rows(
+    stored: StoredTensor, columns: int, start: int, stop: int, device: str, *, offset: int = 0
+) -> torch.Tensor:
+    """Return rows `start` up to `stop` of block scales that lie in tiles of 128 x 4, in the stored dtype.
+
+    A tile is stored as [32, 4, 4]: row 32 * j + i of the tile is [i, j]. Rows are padded to 128, columns to 4.
+    Source: NVIDIA cuBLAS, 1D block scaling factors layout; torchao 0.18, mx_formats/utils.py `from_blocked`.
+    """
+    across = -(-columns // 4)
+    low, high = start // 128, -(-stop // 128)
+    tiles = stored.load(offset + low * across * 512, offset + high * across * 512, device)
+    tiles = tiles.view(high - low, across, 32, 4, 4).permute(0, 3, 2, 1, 4)  # (down, j, i, across, 4)
+    rows = tiles.reshape((high - low) * 128, across * 4)
+    return rows[start - low * 128 : stop - low * 128, :columns]
+
+
+def int4_rows_for_cpu(stored: StoredTensor, rows: int, columns: int, start: int, stop: int) -> torch.Tensor:
+    """Return codes of rows `start` up to `stop` of what torch packed for its int4 kernel on this CPU, as uint8.
+
+    The order of the nibbles depends on the CPU, so torch is asked: it packs the digits of every position as it packed
+    the codes. Blocks of 64 rows lie one behind the other on all of them.
+    Source: torch 2.13, aten/src/ATen/native/cpu/int4mm_kernel.cpp `weight_to_int4pack_kernel`.
+    """
+    import torch
+
+    low, high = start // 64 * 64, min(-(-stop // 64) * 64, rows)
+    count = (high - low) * columns
+    position, at = torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int64)
+    for shift in range(0, max(4, count.bit_length()), 4):
+        digit = ((position >> shift) & 15).view(high - low, columns)
+        at |= _nibbles(torch._convert_weight_to_int4pack_for_cpu(digit, 1)).to(torch.int64) << shift
+    codes = torch.empty(count, dtype=torch.uint8)
+    codes[at] = _nibbles(stored.load_bytes(low * columns // 2, high * columns // 2))
+    return codes.view(high - low, columns)[start - low : stop - low]
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    flat = packed.reshape(-1)
+    return torch.cat((flat & 15, flat >> 4))

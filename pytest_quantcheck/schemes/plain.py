@@ -42,7 +42,10 @@ PARTS = frozenset(
         "scales_and_zeros", "q_weight", "weight_quantizer",
     }
 )  # fmt: skip
-PART_ENDINGS = ("_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format")
+PART_ENDINGS = (
+    "_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format",
+    "._weight_scale", "._weight_zero_point", "_scale_and_zero", "_per_tensor_scale", "_act_pre_scale",
+)  # fmt: skip
 
 # SQNR of a healthy cast of bf16 and fp16 is 55.6 and 73.7 dB; an 8-bit float without a scale loses more.
 FLOORS_DB = {

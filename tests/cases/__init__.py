@@ -57,6 +57,9 @@ def all_cases() -> list[Case]:
         plain,
         quanto,
         spqr,
+        torch_ao,
+        torchao,
+        transformer_engine,
         vptq,
     )
 
@@ -77,4 +80,7 @@ def all_cases() -> list[Case]:
         *fp8.CASES,
         *compressed_tensors.CASES,
         *quanto.CASES,
+        *torchao.CASES,
+        *torch_ao.CASES,
+        *transformer_engine.CASES,
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -131,6 +133,59 @@ def by_hand(files: dict | None = None):
     return make
 
 
+def tinygemm(rows: int, columns: int, *, saved: bool):
+    """In bfloat16 with groups of 128 quanto packs for torch's kernel, on the CPU too; saved, it is turned back."""
+
+    def make() -> Made:
+        torch.manual_seed(12)
+        model = _quantized(nn.Linear(columns, rows, bias=False).to(BF16), "qint4")
+        weight = model.layer.weight
+        assert type(weight).__name__ == "TinyGemmWeightQBitsTensor"
+        config = {"hidden_size": rows, "intermediate_size": columns}
+        files = {"quanto_qmap.json": _library().quantization_map(model)}
+        renamed = nn.Module()
+        renamed.down_proj = model.layer
+        values = weight.dequantize()
+        if saved:
+            return Made(values, None, renamed.state_dict(), config, files=files, tolerance=2**-6)
+        return Made(values, renamed, tolerance=2**-6)
+
+    return make
+
+
+def awq() -> Made:
+    """Packed by the library's own Python, which only asserts that it runs on CUDA."""
+    _library()
+    from optimum.quanto.tensor.weights.awq import packed
+    from optimum.quanto.tensor.weights.awq.qbits import AWQWeightQBitsTensor
+
+    def on_cpu(function):
+        source = inspect.getsource(function)
+        without = "".join(line for line in source.splitlines(keepends=True) if "device.type ==" not in line)
+        scope = dict(vars(packed))
+        exec(without, scope)
+        return scope[function.__name__]
+
+    def instance(cls, like, **held):
+        tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+        for name, value in held.items():
+            setattr(tensor, name, value)
+        return tensor
+
+    torch.manual_seed(13)
+    codes = torch.randint(0, 16, (8, 256), dtype=torch.uint8)
+    data = on_cpu(packed.pack_v2)(codes)
+    assert torch.equal(on_cpu(packed.unpack_v2)(data), codes)
+    scale, shift = torch.rand(2, 8).half(), torch.randn(2, 8).half()
+    holder = instance(packed.AWQPackedTensor, codes, _data=data)
+    weight = instance(AWQWeightQBitsTensor, codes.half(), _data=holder, _scale=scale, _shift=shift, _group_size=128)
+    model = nn.Module()
+    model.layer = nn.Module()
+    model.layer._parameters["weight"] = weight
+    spread = [part.float().t().repeat_interleave(128, dim=1) for part in (scale, shift)]
+    return Made(codes * spread[0] + spread[1], model)
+
+
 BF16 = torch.bfloat16
 
 CASES = [
@@ -157,6 +212,9 @@ CASES = [
     Case("quanto-not-frozen", not_frozen, "plain", (12, 33)),
     Case("quanto-layer-norm", norm, "plain", (12,)),
     Case("quanto-tied", tied, "quanto-qint4", (33, 100)),
+    Case("quanto-tinygemm", tinygemm(80, 256, saved=False), "quanto-qint4-tinygemm", (80, 256), "down_proj.weight"),
+    Case("quanto-tinygemm-saved", tinygemm(80, 256, saved=True), "quanto-qint4", (80, 256), "down_proj.weight"),
+    Case("quanto-awq", awq, "quanto-qint4-awq", (8, 256), bytes={"codes": 1024, "scales": 32, "zero_points": 32}),
     Case("quanto-qint4-by-hand", by_hand(), "quanto-qint4", (3, 2),
          bytes={"codes": 4, "scales": 20, "zero_points": 12}),
 ]  # fmt: skip
