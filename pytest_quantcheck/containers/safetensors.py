@@ -112,7 +112,7 @@ def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except KeyError:
         raise FormatError(_FIELDS, tensor=name) from None
-    bits = BITS[dtype] if type(dtype) is str and dtype in SAFETENSORS else None
+    bits = _BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
@@ -132,6 +132,7 @@ def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), start, stop
 
 
+_BITS = {name: BITS[name] for name in SAFETENSORS}
 _FIELDS = "entry has not exactly `dtype`, `shape` and `data_offsets`"
 
 

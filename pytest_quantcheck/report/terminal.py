@@ -132,8 +132,9 @@ def _tensor_rows(tensors: Iterable[LogicalTensor], live: bool) -> Iterator[Row]:
     """The cells of many tensors; all but the name are made once for those that look alike: the experts of a model."""
     known: dict[object, Row] = {}
     for tensor in tensors:
-        stored = tensor.stored
-        alike = (tensor.shape, tensor.scheme, tensor.role, stored.dtype, stored.shape, tensor.nbytes, tensor.trainable)
+        stored = tensor.parts[0].stored
+        sizes = tuple([part.stored.nbytes for part in tensor.parts])
+        alike = (tensor.shape, tensor.scheme, tensor.role, stored.dtype, stored.shape, sizes, stored.requires_grad)
         cells = known.get(alike)
         if cells is None:
             cells = known[alike] = _tensor_cells(tensor, live)[1:]

@@ -96,15 +96,16 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
 
     Raises `UnknownEncoding` for a tensor or a `quant_method` that no scheme knows, `FormatError` for a broken group.
     """
+    by_ending = _by_ending(container.tensors)
     namespace = Namespace(
         container.tensors,
         quantization_config.find(container.configs),
         container.configs.get("config.json", {}),
         container.metadata,
+        by_ending.keys(),
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
-    by_ending = _by_ending(container.tensors)
     for scheme in SCHEMES:
         for anchor in _anchors(scheme, by_ending):
             if anchor.name not in found:

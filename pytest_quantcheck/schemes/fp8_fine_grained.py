@@ -79,7 +79,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     shape = weight.shape
     if packed and weight.dtype != "F4":  # a safetensors header counts F4 values, not bytes
         shape = (*shape[:-1], 2 * shape[-1])
-    record = namespace.tensors.get(f"{name}{BLOCK_SIZE}")
+    record = None if anchor.role is None else namespace.tensors.get(f"{name}{BLOCK_SIZE}")
     layout = _layout(anchor, shape, packed, _block_size(anchor, record, namespace))
     parts = [Part("weight", "codes", weight), Part("weight_scale_inv", "scales", anchor)]
     for stored in _activation_scales(name, namespace):
@@ -155,7 +155,10 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
 
 
 def _activation_scales(name: str, namespace: Namespace) -> list[StoredTensor]:
-    prefix = name[: -len("weight")] if name == "weight" or name.endswith(".weight") else f"{name}_"
+    alone = name == "weight" or name.endswith(".weight")
+    if alone and "activation_scale" not in namespace.endings and "input_scale" not in namespace.endings:
+        return []
+    prefix = name[: -len("weight")] if alone else f"{name}_"
     found = (namespace.tensors.get(f"{prefix}activation_scale"), namespace.tensors.get(f"{prefix}input_scale"))
     return [stored for stored in found if stored is not None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,12 +10,16 @@ from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 
 class Namespace(NamedTuple):
-    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers."""
+    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers.
+
+    `endings` are the last components of the names: what is not among them need not be looked for, tensor by tensor.
+    """
 
     tensors: Mapping[str, StoredTensor]
     quantization: Mapping[str, Any]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
+    endings: Collection[str]
 
 
 # Makes a logical tensor of the group that an anchor belongs to, or None where the anchor is somebody else's.
