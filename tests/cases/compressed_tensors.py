@@ -1,0 +1,199 @@
+"""compressed-tensors, compressed and decompressed by its own compressors; the removed formats from their definition."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.cases import Case, Made
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def scheme_of(**weights):
+    """A `QuantizationScheme` of the library, or a skip where the library is not installed."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+
+def config_of(scheme, form: str, **more) -> dict:
+    weights = scheme.weights.model_dump(mode="json")
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": form}}
+    quantization = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": []}
+    return {"quantization_config": quantization | {"quantization_status": "compressed", "version": "0.20.0"} | more}
+
+
+def observe(module: nn.Module, args) -> None:
+    """Give a module the scales that its weight asks for, by the library's own formula."""
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = module.weight.data
+    rows, columns = weight.shape
+    if args.strategy == "tensor":
+        blocks = weight.reshape(1, 1, -1)
+    elif args.strategy == "channel":
+        blocks = weight.unsqueeze(1)
+    elif args.strategy == "block":
+        height, width = args.block_structure
+        padded = nn.functional.pad(weight, (0, -columns % width, 0, -rows % height))
+        blocks = padded.unflatten(0, (-1, height)).unflatten(2, (-1, width)).transpose(1, 2).flatten(2)
+    else:
+        blocks = weight.unflatten(1, (-1, args.group_size))
+    extra = {"global_scale": module.weight_global_scale.data} if hasattr(module, "weight_global_scale") else {}
+    scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, **extra)
+    module.weight_scale.data = scale.reshape(module.weight_scale.shape).to(module.weight_scale.dtype)
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.data = zero.reshape(module.weight_zero_point.shape).to(module.weight_zero_point.dtype)
+
+
+def compressed(form: str, rows: int, columns: int, *, dtype=F32, bias=False, **weights):
+    """A Linear compressed in place by the library, and what the library decompresses again."""
+
+    def make() -> Made:
+        scheme = scheme_of(**weights)
+        from compressed_tensors.compressors import compress_module, decompress_module
+        from compressed_tensors.quantization import QuantizationStatus
+        from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+
+        torch.manual_seed(rows * columns)
+        layer = nn.Linear(columns, rows, bias=bias, dtype=dtype)
+        initialize_module_for_quantization(layer, scheme, force_zero_point=not scheme.weights.symmetric)
+        if hasattr(layer, "weight_global_scale"):
+            layer.weight_global_scale.data = 448 * 6 / layer.weight.abs().max().view(1).float()
+        observe(layer, scheme.weights)
+        layer.quantization_status = QuantizationStatus.FROZEN
+        compress_module(layer, form)
+        model = nn.Module()
+        model.layer = layer
+        plain = copy.deepcopy(layer)
+        decompress_module(plain, form)
+        return Made(plain.weight.data.float(), model, model.state_dict(), config_of(scheme, form))
+
+    return make
+
+
+def packed(bits: int, rows: int, columns: int, symmetric: bool, strategy: str, group: int | None = None, **more):
+    return compressed(
+        "pack-quantized", rows, columns, num_bits=bits, type="int", symmetric=symmetric, strategy=strategy,
+        group_size=group, **more
+    )  # fmt: skip
+
+
+def packed_by_hand() -> Made:
+    """Three rows of five 3-bit codes: 15 bits in one word, -4..3 shifted to 0..7."""
+    words = [[0b000_111_100_011_001], [0b100_100_100_100_100], [0b001_010_011_100_101]]
+    values = [[-3, -1, 0, 3, -4], [0, 0, 0, 0, 0], [0.5, 0, -0.5, -1, -1.5]]
+    tensors = {
+        "layer.weight_packed": torch.tensor(words, dtype=torch.int32),
+        "layer.weight_shape": torch.tensor([3, 5]),
+        "layer.weight_scale": torch.tensor([[1.0], [2.0], [0.5]]),
+    }
+    args = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+    groups = {"group_0": {"targets": ["Linear"], "weights": args}}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    return Made(torch.tensor(values), tensors=tensors, config=config)
+
+
+def older_packing(columns: int, version: str | None):
+    """3-bit codes as 0.17 and before packed them: ten in a word, two bits of it unused."""
+
+    def make() -> Made:
+        torch.manual_seed(15)
+        codes = torch.randint(0, 8, (6, -(-columns // 10) * 10))
+        words = (codes.view(6, -1, 10) << torch.arange(0, 30, 3)).sum(-1).to(torch.int32)
+        scales = torch.rand(6, 1)
+        tensors = {
+            "layer.weight_packed": words,
+            "layer.weight_shape": torch.tensor([6, columns], dtype=torch.int32),
+            "layer.weight_scale": scales,
+        }
+        args = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+        groups = {"group_0": {"targets": ["Linear"], "weights": args}}
+        config = {"quant_method": "compressed-tensors", "config_groups": groups, "version": version}
+        values = (codes[:, :columns] - 4).float() * scales
+        return Made(values, tensors=tensors, config={"compression_config": config})
+
+    return make
+
+
+def activation_order() -> Made:
+    """`actorder: group`, removed from the library in 2026: columns keep their place, groups are looked up."""
+    made = packed(4, 24, 64, False, "group", 16)()
+    index = torch.randperm(64, generator=torch.Generator().manual_seed(16)) // 16
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    tensors = made.tensors | {"layer.weight_g_idx": index.to(torch.int32)}
+    codes = unpack_from_int32(tensors["layer.weight_packed"], 4, (24, 64)).float()
+    zeros = unpack_from_int32(tensors["layer.weight_zero_point"], 4, (24, 4), packed_dim=0).float()
+    values = (codes - zeros[:, index]) * tensors["layer.weight_scale"][:, index]
+    return Made(values, tensors=tensors, config=made.config)
+
+
+def unused_activation_order() -> Made:
+    made = packed(4, 24, 64, True, "group", 16)()
+    tensors = made.tensors | {"layer.weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    return Made(made.values, tensors=tensors, config=made.config)
+
+
+def without_weight_shape() -> Made:
+    made = packed(3, 24, 96, True, "group", 32)()
+    tensors = {name: tensor for name, tensor in made.tensors.items() if not name.endswith("weight_shape")}
+    return Made(made.values, tensors=tensors, config=made.config)
+
+
+def nested_in(*keys: str):
+    def make() -> Made:
+        made = packed(5, 10, 40, False, "channel")()
+        config = made.config["quantization_config"]
+        return Made(made.values, None, made.tensors, {keys[0]: {keys[1]: config} if len(keys) > 1 else config})
+
+    return make
+
+
+def fused_experts() -> Made:
+    """A stack, each matrix packed on its own: the last words of every expert's zero points are padded."""
+    made = [packed(4, 10, 32, False, "group", 8)() for _ in range(3)]
+    tensors = {name: torch.stack([one.tensors[name] for one in made]) for name in made[0].tensors}
+    tensors["layer.weight_shape"] = torch.tensor([3, 10, 32])
+    return Made(torch.stack([one.values for one in made]), tensors=tensors, config=made[0].config)
+
+
+def two_groups_named_by_pattern() -> Made:
+    """8 columns in one word are 1, 2, 3 or 4 bits: only the names of the modules tell."""
+    low, high = packed(2, 6, 8, True, "channel")(), packed(4, 7, 8, True, "channel")()
+    tensors = {name.replace("layer", "mlp.up"): tensor for name, tensor in low.tensors.items()} | high.tensors
+    config = high.config["quantization_config"]
+    other = low.config["quantization_config"]["config_groups"]["group_0"] | {"targets": [r"re:.*mlp\.(up|down)$"]}
+    own = config["config_groups"]["group_0"] | {"targets": ["re:layer$"]}
+    quantization = config | {"config_groups": {"low": other, "high": own}, "format": "mixed-precision"}
+    return Made(high.values, tensors=tensors, config={"quantization_config": quantization})
+
+
+PACK = [
+    Case("ct-pack-by-hand", packed_by_hand, "ct-int3", (3, 5), bytes={"codes": 12, "scales": 12, "bookkeeping": 16}),
+    *(Case(f"ct-pack-{bits}-bit-sym", packed(bits, 10, 100, True, "channel"), f"ct-int{bits}", (10, 100))
+      for bits in range(1, 9)),
+    *(Case(f"ct-pack-{bits}-bit-asym", packed(bits, 13, 96, False, "group", 32), f"ct-int{bits}", (13, 96))
+      for bits in range(1, 9)),
+    Case("ct-pack-tensor", packed(4, 9, 33, True, "tensor"), "ct-int4", (9, 33), bytes={"codes": 180, "scales": 4}),
+    Case("ct-pack-asym-tensor", packed(4, 9, 33, False, "tensor"), "ct-int4", (9, 33)),
+    Case("ct-pack-asym-channel", packed(5, 21, 50, False, "channel"), "ct-int5", (21, 50),
+         bytes={"codes": 21 * 8 * 4, "scales": 84, "zero_points": 16}),
+    Case("ct-pack-bias", packed(4, 8, 64, True, "group", 32, bias=True), "ct-int4", (8, 64), total=520),
+    Case("ct-pack-3-bit-words-of-0.10", older_packing(330, None), "ct-int3", (6, 330)),
+    Case("ct-pack-3-bit-words-told-by-version", older_packing(11, "0.10.2"), "ct-int3", (6, 11)),
+    Case("ct-pack-g-idx", activation_order, "ct-int4", (24, 64), bytes={"index": 256}),
+    Case("ct-pack-g-idx-unused", unused_activation_order, "ct-int4", (24, 64)),
+    Case("ct-pack-no-weight-shape", without_weight_shape, "ct-int3", (24, 96)),
+    Case("ct-pack-compression-config", nested_in("compression_config"), "ct-int5", (10, 40)),
+    Case("ct-pack-text-config", nested_in("text_config", "quantization_config"), "ct-int5", (10, 40)),
+    Case("ct-pack-stack", fused_experts, "ct-int4", (3, 10, 32)),
+    Case("ct-pack-bits-by-name", two_groups_named_by_pattern, "ct-int4", (7, 8), total=48 + 56),
+]  # fmt: skip
+
+CASES = [*PACK]
