@@ -8,6 +8,8 @@ from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import (
     bnb_4bit,
     bnb_8bit,
+    ct_float_packed,
+    ct_naive_quantized,
     ct_pack_quantized,
     fp8_fine_grained,
     plain,
@@ -21,6 +23,8 @@ SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
     ct_pack_quantized.SCHEME,
+    ct_float_packed.SCHEME,
+    ct_naive_quantized.SCHEME,
     fp8_fine_grained.SCHEME,
     plain.SCHEME,
 )

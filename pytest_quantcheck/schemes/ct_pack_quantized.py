@@ -112,7 +112,8 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     values = codes.to(torch.float32)  # (rows, K)
     scales = packing.grid_rows(tensor.part("weight_scale"), layout.grid, slice(start, stop), device).to(torch.float32)
     zeros = _zeros(tensor, layout, start, stop, device)
-    index = _group_index(tensor, layout, device)
+    scattered = tensor.has("weight_g_idx")
+    index = packing.group_index(tensor.part("weight_g_idx"), scales.shape[1], device) if scattered else None
     if index is not None:
         return values.sub_(zeros[:, index] if zeros is not None else 0).mul_(scales[:, index])
     if zeros is not None:
@@ -146,19 +147,6 @@ def _packed_zeros(stored: StoredTensor, layout: Layout, matrix: int, rows: slice
     unpack = packing.row_codes if layout.dense else packing.word_codes
     codes = unpack(streams, layout.bits, rows.stop)[:, rows]
     return (codes.t() - (1 << layout.bits - 1)).to(torch.float32)
-
-
-def _group_index(tensor: LogicalTensor, layout: Layout, device: str) -> torch.Tensor | None:
-    """The group of each column where activation order scattered them, None where groups are neighbours."""
-    if not tensor.has("weight_g_idx"):
-        return None
-    index = tensor.part("weight_g_idx").load(device=device).long()
-    if (index == -1).any():
-        return None
-    if index.min() < 0 or index.max() >= layout.grid.columns:
-        what = f"names the group {int(index.max())} ({layout.grid.columns} groups)"
-        raise FormatError(what, tensor=tensor.part("weight_g_idx").name)
-    return index
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:

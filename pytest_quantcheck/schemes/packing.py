@@ -11,7 +11,7 @@ from pytest_quantcheck.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import StoredTensor
+    from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -191,3 +191,27 @@ def matrix_windows(start: int, stop: int, rows: int) -> Iterator[tuple[int, slic
     """
     for matrix in range(start // rows, -(-stop // rows)):
         yield matrix, slice(max(start - matrix * rows, 0), min(stop - matrix * rows, rows))
+
+
+def group_index(stored: StoredTensor, groups: int, device: str) -> torch.Tensor | None:
+    """Return the group of each column where activation order scattered them; None where -1 says that it did not."""
+    index = stored.load(device=device).long()
+    if (index == -1).any():
+        return None
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= groups):
+        raise FormatError(f"names the groups {int(index.min())} to {int(index.max())} of {groups}", tensor=stored.name)
+    return index
+
+
+def per_matrix(tensor: LogicalTensor, part: str, window: slice, device: str) -> torch.Tensor:
+    """Return the one float32 scale above all others for each row of a window: of the tensor, or of its matrix.
+
+    part  # () or (1,), or one for each matrix of a stack
+    ->    # (1, 1) or (window, 1)
+    """
+    import torch
+
+    values = tensor.part(part).load(device=device).to(torch.float32).view(-1, 1)
+    if len(values) == 1:
+        return values
+    return values[torch.arange(window.start, window.stop, device=device) // tensor.shape[-2]]
