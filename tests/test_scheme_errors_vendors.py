@@ -50,7 +50,90 @@ FINE_GRAINED = [
                                "layer.weight_scale_inv": zeros(2, 2)}, BLOCKS, ("256 x 8", "1 x 32")),
 ]  # fmt: skip
 
-ROWS = [*FINE_GRAINED]
+I32, I64, U8 = torch.int32, torch.int64, torch.uint8
+
+
+def groups(*weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    named = {f"group_{at}": {"targets": ["Linear"], "weights": one} for at, one in enumerate(weights)}
+    return {"quant_method": "compressed-tensors", "config_groups": named} | more
+
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+PACKED = {
+    "layer.weight_packed": zeros(10, 8, dtype=I32),
+    "layer.weight_shape": torch.tensor([10, 64]),
+    "layer.weight_scale": zeros(10, 2),
+}
+NVFP4 = {
+    "layer.weight_packed": zeros(10, 32, dtype=U8),
+    "layer.weight_scale": zeros(10, 4, dtype=FP8),
+    "layer.weight_global_scale": zeros(1),
+}
+BITMASK = {
+    "layer.bitmask": zeros(4, 2, dtype=U8),
+    "layer.compressed": zeros(3),
+    "layer.shape": torch.tensor([4, 10]),
+    "layer.row_offsets": zeros(4, dtype=I64),
+}
+MARLIN = {
+    "layer.weight_packed": zeros(4, 128, dtype=I32),
+    "layer.scale_packed": zeros(1, 64, dtype=torch.float16),
+    "layer.meta": zeros(4, 128, dtype=torch.int16),
+}
+
+
+def without(tensors: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+COMPRESSED_TENSORS = [
+    Broken("ct-pack-no-scale", without(PACKED, "layer.weight_scale"), groups(INT4),
+           ("layer.weight_packed", "weight_scale` is missing")),
+    Broken("ct-pack-shape-lies", PACKED | {"layer.weight_shape": torch.tensor([11, 64])}, groups(INT4),
+           ("layer.weight_shape", "[11, 64]", "[10, 8]")),
+    Broken("ct-pack-shape-of-no-width", PACKED | {"layer.weight_shape": torch.tensor([10, 2000])}, groups(INT4),
+           ("layer.weight_packed", "8 words", "2000")),
+    Broken("ct-pack-config-of-other-bits", PACKED, groups(INT4 | {"num_bits": 8}), ("layer", "num_bits 8")),
+    Broken("ct-pack-config-of-other-groups", PACKED, groups(INT4 | {"group_size": 64}), ("layer", "group_size 64")),
+    Broken("ct-pack-scales-of-other-rows", PACKED | {"layer.weight_scale": zeros(9, 2)}, groups(INT4),
+           ("layer.weight_scale", "[9, 2]")),
+    Broken("ct-pack-zero-points-of-other-rows", PACKED | {"layer.weight_zero_point": zeros(3, 2, dtype=I32)},
+           groups(INT4 | {"symmetric": False}), ("layer.weight_zero_point", "[2, 2]")),
+    Broken("ct-pack-g-idx-of-other-columns", PACKED | {"layer.weight_g_idx": zeros(63, dtype=I32)}, groups(INT4),
+           ("layer.weight_g_idx", "64")),
+    Broken("ct-pack-no-shape-no-groups", without(PACKED, "layer.weight_shape") | {"layer.weight_scale": zeros(1)},
+           groups(INT4), ("layer.weight_packed", "weight_shape")),
+    Broken("ct-pack-pattern-of-a-stranger",
+           {"layer.weight_packed": zeros(10, 1, dtype=I32), "layer.weight_shape": torch.tensor([10, 5]),
+            "layer.weight_scale": zeros(10, 1)},
+           {"quant_method": "compressed-tensors",
+            "config_groups": {bits: {"targets": ["re:(a+)+$"],
+                                     "weights": {"num_bits": int(bits), "strategy": "channel"}} for bits in "23"}},
+           ("too complex",)),
+    Broken("ct-int8-no-weight", {"layer.weight_scale": zeros(10, 1)}, groups(INT4), ("layer.weight_scale", "weight")),
+    Broken("ct-int8-no-scale", {"layer.weight": zeros(10, 64, dtype=torch.int8)}, groups(INT4), ("layer.weight", "I8")),
+    Broken("ct-float8-no-scale", {"layer.weight": zeros(10, 64, dtype=FP8)}, groups(INT4),
+           ("layer.weight", "weight_scale")),
+    Broken("ct-int8-scales-of-other-groups", {"layer.weight": zeros(10, 64, dtype=torch.int8),
+                                              "layer.weight_scale": zeros(10, 3)}, groups(INT4), ("group_size 32",)),
+    Broken("ct-nvfp4-no-global-scale", without(NVFP4, "layer.weight_global_scale"), {},
+           ("layer.weight_packed", "weight_global_scale")),
+    Broken("ct-nvfp4-global-scale-for-each-row", NVFP4 | {"layer.weight_global_scale": zeros(10)}, {},
+           ("layer.weight_global_scale", "[10]")),
+    Broken("ct-nvfp4-scales-of-mxfp4", NVFP4 | {"layer.weight_scale": zeros(10, 2, dtype=FP8)}, {},
+           ("layer.weight_scale", "[10, 2]")),
+    Broken("ct-nvfp4-scales-in-bf16", NVFP4 | {"layer.weight_scale": zeros(10, 4, dtype=torch.bfloat16)}, {},
+           ("layer.weight_scale", "BF16")),
+    Broken("ct-bitmask-no-values", without(BITMASK, "layer.compressed"), {}, ("layer.bitmask", "layer.compressed")),
+    Broken("ct-bitmask-of-another-shape", BITMASK | {"layer.shape": torch.tensor([4, 17])}, {},
+           ("layer.bitmask", "[4, 17]")),
+    Broken("ct-bitmask-no-offsets", without(BITMASK, "layer.row_offsets"), {}, ("layer.compressed", "row_offsets")),
+    Broken("ct-marlin-24-no-meta", without(MARLIN, "layer.meta"), {}, ("layer.scale_packed", "layer.meta")),
+    Broken("ct-marlin-24-other-rows", MARLIN | {"layer.scale_packed": zeros(1, 128, dtype=torch.float16)}, {},
+           ("layer.weight_packed", "128 rows")),
+]  # fmt: skip
+
+ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
@@ -61,6 +144,12 @@ def test_is_refused_by_name(row, tmp_path):
         inspect(tmp_path)
     for part in row.says:
         assert part in str(error.value)
+
+
+def test_bitmask_that_does_not_fit_its_values_does_not_decode(tmp_path):
+    safetensors.torch.save_file(BITMASK, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match="marks 0 values"):
+        inspect(tmp_path).tensor("layer.weight").decode()
 
 
 def test_block_size_unknown_counts_but_does_not_decode(tmp_path):

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import (
+    activation_scales,
     bnb_4bit,
     bnb_8bit,
     ct_float_packed,
+    ct_marlin_24,
     ct_naive_quantized,
     ct_pack_quantized,
+    ct_sparse_bitmask,
     fp8_fine_grained,
     plain,
     quantization_config,
@@ -22,10 +25,13 @@ from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    ct_marlin_24.SCHEME,
+    ct_sparse_bitmask.SCHEME,
     ct_pack_quantized.SCHEME,
     ct_float_packed.SCHEME,
     ct_naive_quantized.SCHEME,
     fp8_fine_grained.SCHEME,
+    activation_scales.SCHEME,
     plain.SCHEME,
 )
 

@@ -39,7 +39,7 @@ PARTS = frozenset(
         "SCB", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_scales", "weight_zero_point",
         "weight_packed", "weight_shape", "weight_global_scale", "weight_g_idx", "dense_weights", "row_offsets",
         "col_vals", "qbiases", "scaled_zeros", "trellis", "quantized_weight_values", "embedding_quantized",
-        "scales_and_zeros", "q_weight", "weight_quantizer",
+        "scales_and_zeros", "q_weight", "weight_quantizer", "scale_packed", "bitmask", "compressed",
     }
 )  # fmt: skip
 PART_ENDINGS = ("_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format")

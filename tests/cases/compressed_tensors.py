@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.cases import Case, Made
@@ -284,6 +286,15 @@ def mixed_precision() -> Made:
 
 FP8 = {"kind": "float"}
 
+
+def cache_scales() -> Made:
+    """Static scales of the input and of the key-value cache: neither is a parameter."""
+    made = naive("float-quantized", 10, 33, "channel", **FP8)()
+    tensors = made.tensors | {"layer.input_scale": torch.tensor([0.5]), "self_attn.k_scale": torch.tensor(2.0)}
+    tensors["self_attn.v_scale"] = torch.tensor([2.0, 3.0]).view(2, 1, 1)
+    return Made(made.values, tensors=tensors, config=made.config)
+
+
 NAIVE = [
     Case("ct-int8-channel", naive("int-quantized", 10, 33, "channel"), "ct-int8", (10, 33),
          bytes={"codes": 330, "scales": 40}),
@@ -303,6 +314,7 @@ NAIVE = [
     Case("ct-float8-kernel-linear", kernel_linear, "ct-float8", (10, 24)),
     Case("ct-not-compressed-yet", not_compressed_yet, "plain", (10, 24), bytes={"unquantized": 960, "scales": 40}),
     Case("ct-mxfp8", microscaled("mxfp8-quantized", 8, 7, 96), "ct-mxfp8", (7, 96), bytes={"codes": 672, "scales": 21}),
+    Case("ct-cache-scales", cache_scales, "ct-float8", (10, 33), total=330, bytes={"codes": 330, "scales": 44}),
     Case("ct-mixed-precision", mixed_precision, "ct-float8", (12, 64), total=640 + 768 + 320),
 ]  # fmt: skip
 
@@ -316,4 +328,54 @@ FLOAT_PACKED = [
          bytes={"codes": 504, "scales": 21}),
 ]  # fmt: skip
 
-CASES = [*PACK, *NAIVE, *FLOAT_PACKED]
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "compressed_tensors_sparse.safetensors"
+
+
+def golden(name: str):
+    """What compressed-tensors 0.10.2 wrote, the last version with these formats."""
+
+    def make() -> Made:
+        found = {
+            key.removeprefix(f"{name}."): tensor
+            for key, tensor in load_file(GOLDEN).items()
+            if key.startswith(f"{name}.")
+        }
+        tensors = {key: tensor for key, tensor in found.items() if key.startswith("layer.")}
+        if "values" in found:
+            return Made(found["values"], tensors=tensors)
+        codes, scale = found["codes"].float(), found["scale"].float()
+        values = codes.view(*scale.shape, -1) * scale.unsqueeze(-1)
+        return Made(
+            values.flatten(1),
+            tensors=tensors,
+            config={"quantization_config": {"quant_method": "compressed-tensors", "format": "marlin-24"}},
+        )
+
+    return make
+
+
+def quantized_and_sparse() -> Made:
+    """2:4 on top of FP8: the values that are kept are codes, with a scale for each row."""
+    made = golden("bitmask-24")()
+    tensors = made.tensors | {"layer.weight_scale": torch.rand(6, 1)}
+    tensors["layer.compressed"] = tensors["layer.compressed"].to(torch.float8_e4m3fn)
+    values = torch.zeros(6, 20)
+    values[made.values != 0] = tensors["layer.compressed"].float().flatten()
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}
+    return Made(values * tensors["layer.weight_scale"], tensors=tensors, config=config)
+
+
+SPARSE = [
+    Case("ct-sparse-bitmask", golden("bitmask"), "ct-sparse-bitmask", (5, 21), bytes={"codes": 52, "index": 15 + 40}),
+    Case("ct-sparse-24-bitmask", golden("bitmask-24"), "ct-sparse-24-bitmask", (6, 20),
+         bytes={"codes": 120, "index": 18}),
+    Case("ct-sparse-24-bitmask-float8", quantized_and_sparse, "ct-sparse-24-bitmask", (6, 20),
+         bytes={"codes": 60, "index": 18, "scales": 24}),
+    Case("ct-marlin-24-channel", golden("marlin-24-4-channel"), "ct-marlin24-int4", (128, 128),
+         bytes={"codes": 4096, "index": 2048, "scales": 256}),
+    Case("ct-marlin-24-group", golden("marlin-24-4-128"), "ct-marlin24-int4", (64, 384)),
+    Case("ct-marlin-24-8-bit", golden("marlin-24-8-channel"), "ct-marlin24-int8", (64, 128)),
+]  # fmt: skip
+
+CASES = [*PACK, *NAIVE, *FLOAT_PACKED, *SPARSE]
