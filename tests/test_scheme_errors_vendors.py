@@ -11,6 +11,7 @@ import torch
 
 from pytest_quantcheck import inspect
 from pytest_quantcheck.errors import FormatError
+from tests.cases import mxfp4
 
 FP8, F32 = torch.float8_e4m3fn, torch.float32
 
@@ -133,7 +134,22 @@ COMPRESSED_TENSORS = [
            ("layer.weight_packed", "128 rows")),
 ]  # fmt: skip
 
-ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS]
+EXPERTS = {
+    "experts.gate_up_proj_blocks": zeros(2, 8, 3, 16, dtype=U8),
+    "experts.gate_up_proj_scales": zeros(2, 8, 3, dtype=U8),
+}
+
+MXFP4 = [
+    Broken("mxfp4-no-scales", without(EXPERTS, "experts.gate_up_proj_scales"), {},
+           ("experts.gate_up_proj_blocks", "experts.gate_up_proj_scales")),
+    Broken("mxfp4-no-blocks", without(EXPERTS, "experts.gate_up_proj_blocks"), {}, ("experts.gate_up_proj_scales",)),
+    Broken("mxfp4-scales-of-other-blocks", EXPERTS | {"experts.gate_up_proj_scales": zeros(2, 8, 2, dtype=U8)}, {},
+           ("experts.gate_up_proj_scales", "[2, 8, 3]")),
+    Broken("mxfp4-blocks-of-8-bytes", EXPERTS | {"experts.gate_up_proj_blocks": zeros(2, 8, 6, 8, dtype=U8)}, {},
+           ("experts.gate_up_proj_blocks", "[E, O, G, 16]")),
+]  # fmt: skip
+
+ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
@@ -159,3 +175,20 @@ def test_block_size_unknown_counts_but_does_not_decode(tmp_path):
     assert tensor.params == 256 * 256
     with pytest.raises(FormatError, match="weight_block_size"):
         tensor.decode()
+
+
+def test_mxfp4_before_loading_counts_but_does_not_decode():
+    artifact = inspect(mxfp4.experts_module())
+    assert artifact.logical_params == mxfp4.TOTAL
+    with pytest.raises(FormatError, match="there are no scales"):
+        artifact.tensor("experts.gate_up_proj").decode()
+
+
+def test_mxfp4_permuted_for_hopper_counts_but_does_not_decode():
+    class HopperMXValueLayout(mxfp4.StridedLayout):
+        name = "HOPPER_VALUE"
+
+    artifact = inspect(mxfp4.loaded(HopperMXValueLayout)[0])
+    assert artifact.logical_params == mxfp4.TOTAL
+    with pytest.raises(FormatError, match="HOPPER_VALUE"):
+        artifact.tensor("experts.gate_up_proj").decode()

@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, compressed_tensors, fp8, plain
+    from tests.cases import bnb, compressed_tensors, fp8, mxfp4, plain
 
     # One row per scheme.
     return [
@@ -49,4 +49,5 @@ def all_cases() -> list[Case]:
         *bnb.CASES,
         *fp8.CASES,
         *compressed_tensors.CASES,
+        *mxfp4.CASES,
     ]
