@@ -15,6 +15,7 @@ from pytest_quantcheck.schemes import (
     ct_pack_quantized,
     ct_sparse_bitmask,
     fp8_fine_grained,
+    modelopt,
     mxfp4,
     plain,
     quantization_config,
@@ -33,6 +34,7 @@ SCHEMES: tuple[Scheme, ...] = (
     ct_naive_quantized.SCHEME,
     fp8_fine_grained.SCHEME,
     mxfp4.SCHEME,
+    modelopt.SCHEME,
     activation_scales.SCHEME,
     plain.SCHEME,
 )

@@ -215,3 +215,7 @@ def per_matrix(tensor: LogicalTensor, part: str, window: slice, device: str) -> 
     if len(values) == 1:
         return values
     return values[torch.arange(window.start, window.stop, device=device) // tensor.shape[-2]]
+
+
+# Four bits in two's complement.
+INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
