@@ -149,7 +149,37 @@ MXFP4 = [
            ("experts.gate_up_proj_blocks", "[E, O, G, 16]")),
 ]  # fmt: skip
 
-ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4]
+OPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+NVIDIA = {
+    "layer.weight": zeros(10, 32, dtype=U8),
+    "layer.weight_scale": zeros(10, 4, dtype=FP8),
+    "layer.weight_scale_2": zeros(),
+}
+AWQ = {"layer.weight": zeros(5, 64, dtype=U8), "layer.weight_scale": zeros(10, 2), "layer.pre_quant_scale": zeros(64)}
+
+MODELOPT = [
+    Broken("modelopt-nvfp4-no-scale-2", without(NVIDIA, "layer.weight_scale_2"), OPT,
+           ("layer.weight_scale", "weight_scale_2")),
+    Broken("modelopt-nvfp4-no-weight", without(NVIDIA, "layer.weight"), OPT, ("layer.weight_scale", "layer.weight")),
+    Broken("modelopt-nvfp4-no-scale", without(NVIDIA, "layer.weight_scale"), OPT, ("layer.weight",)),
+    Broken("modelopt-nvfp4-scales-of-other-columns", NVIDIA | {"layer.weight_scale": zeros(10, 5, dtype=FP8)}, OPT,
+           ("layer.weight_scale", "[10, 5]")),
+    Broken("modelopt-nvfp4-scale-2-for-each-row", NVIDIA | {"layer.weight_scale_2": zeros(10)}, OPT,
+           ("layer.weight_scale_2", "[10]")),
+    Broken("modelopt-int4-packed-along-columns", AWQ | {"layer.weight": zeros(10, 32, dtype=U8)}, OPT,
+           ("layer.weight_scale", "two rows")),
+    Broken("modelopt-int4-pre-quant-scale-of-other-columns", AWQ | {"layer.pre_quant_scale": zeros(32)}, OPT,
+           ("layer.pre_quant_scale", "64 columns")),
+    Broken("modelopt-fp8-no-scale", {"layer.weight": zeros(10, 64, dtype=FP8)}, OPT, ("layer.weight", "scale")),
+    Broken("modelopt-fp8-square-stack", {"experts.down_proj": zeros(3, 6, 6, dtype=FP8),
+                                         "experts.down_proj_weight_scale": zeros(3, 6)}, OPT, ("rows or the columns",)),
+    Broken("fbgemm-scale-of-columns", {"layer.weight": zeros(10, 64, dtype=FP8), "layer.weight_scale": zeros(64, 1)},
+           {"quant_method": "fbgemm_fp8"}, ("layer.weight", "[10, 1]")),
+    Broken("fbgemm-no-scale", {"layer.weight": zeros(10, 64, dtype=FP8)}, {"quant_method": "fbgemm_fp8"},
+           ("layer.weight", "scale")),
+]  # fmt: skip
+
+ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4, *MODELOPT]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
@@ -192,3 +222,12 @@ def test_mxfp4_permuted_for_hopper_counts_but_does_not_decode():
     assert artifact.logical_params == mxfp4.TOTAL
     with pytest.raises(FormatError, match="HOPPER_VALUE"):
         artifact.tensor("experts.gate_up_proj").decode()
+
+
+def test_modelopt_is_known_by_its_own_file(tmp_path):
+    safetensors.torch.save_file(without(AWQ, "layer.pre_quant_scale"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_AWQ", "group_size": 32}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(settings))
+    tensor = inspect(tmp_path).tensor("layer.weight")
+    assert (tensor.scheme, tensor.shape, tensor.block) == ("modelopt-int4", (10, 64), 32)

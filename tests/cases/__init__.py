@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, compressed_tensors, fp8, modelopt, mxfp4, plain
+    from tests.cases import bnb, compressed_tensors, fbgemm, fp8, modelopt, mxfp4, plain
 
     # One row per scheme.
     return [
@@ -50,5 +50,6 @@ def all_cases() -> list[Case]:
         *fp8.CASES,
         *compressed_tensors.CASES,
         *mxfp4.CASES,
+        *fbgemm.CASES,
         *modelopt.CASES,
     ]

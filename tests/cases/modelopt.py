@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.cases import Case, Made
 
@@ -107,7 +109,53 @@ def mixed_precision() -> Made:
     return Made(high.values, tensors=tensors, config={"quantization_config": config})
 
 
+def compressed(rows: int, columns: int, **quantizer):
+    """A Linear compressed in memory by the library, and what its own quantizer makes of it again."""
+
+    def make() -> Made:
+        pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
+        import modelopt.torch.quantization as mtq
+
+        torch.manual_seed(21)
+        model = nn.Module()
+        model.layer = nn.Linear(columns, rows, bias=False)
+        original = model.layer.weight.detach().clone()
+        config = [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": quantizer, "enable": True},
+        ]
+        model = mtq.quantize(
+            model, {"quant_cfg": config, "algorithm": "max"}, lambda m: m.layer(torch.randn(2, columns))
+        )
+        mtq.compress(model)
+        values = model.layer.weight_quantizer(model.layer.weight).detach().float()
+        assert (values - original).norm() < 0.2 * original.norm()
+        return Made(values, model, tolerance=1e-7)
+
+    return make
+
+
+MX = {"scale_bits": (8, 0), "type": "dynamic"}
+NV = {"scale_bits": (4, 3), "type": "dynamic"}
+
+LIVE = [
+    Case("modelopt-live-nvfp4", compressed(10, 96, num_bits=(2, 1), block_sizes={-1: 16} | NV), "modelopt-nvfp4",
+         (10, 96), bytes={"codes": 480, "scales": 60 + 4}),
+    Case("modelopt-live-mxfp4", compressed(10, 96, num_bits=(2, 1), block_sizes={-1: 32} | MX), "modelopt-mxfp4",
+         (10, 96), bytes={"codes": 480, "scales": 30}),
+    Case("modelopt-live-mxfp8", compressed(10, 96, num_bits=(4, 3), block_sizes={-1: 32} | MX), "modelopt-mxfp8",
+         (10, 96), bytes={"codes": 960, "scales": 30}),
+    Case("modelopt-live-fp8", compressed(10, 33, num_bits=(4, 3)), "modelopt-fp8", (10, 33)),
+    Case("modelopt-live-fp8-row", compressed(10, 33, num_bits=(4, 3), axis=0), "modelopt-fp8", (10, 33)),
+    Case("modelopt-live-fp8-block", compressed(192, 130, num_bits=(4, 3), block_sizes={-1: 128, -2: 128}),
+         "modelopt-fp8", (192, 130)),
+    Case("modelopt-live-int8", compressed(10, 33, num_bits=8, axis=0), "modelopt-int8", (10, 33)),
+    Case("modelopt-live-int4", compressed(10, 96, num_bits=4, block_sizes={-1: 32, "type": "static"}),
+         "modelopt-int4", (10, 96), bytes={"codes": 480, "scales": 120}),
+]  # fmt: skip
+
 CASES = [
+    *LIVE,
     Case("modelopt-nvfp4-by-hand", nvfp4_by_hand, "modelopt-nvfp4", (1, 16), bytes={"codes": 8, "scales": 5}),
     Case("modelopt-nvfp4", golden("nvfp4", 1e-7), "modelopt-nvfp4", (4, 256), bytes={"codes": 512, "scales": 64 + 8}),
     Case("modelopt-w4a8-nvfp4-fp8", golden("w4a8-nvfp4", 1e-7), "modelopt-nvfp4", (4, 256),
