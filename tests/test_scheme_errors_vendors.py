@@ -179,7 +179,31 @@ MODELOPT = [
            ("layer.weight", "scale")),
 ]  # fmt: skip
 
-ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4, *MODELOPT]
+AMD = {
+    "layer.weight": zeros(64, 2, dtype=I32),
+    "layer.weight_scale": zeros(2, 16),
+    "layer.weight_zero_point": zeros(2, 2, dtype=I32),
+}
+
+
+def quark(**weight: Any) -> dict[str, Any]:
+    settings = {"dtype": "uint4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32}
+    return {"quant_method": "quark", "global_quant_config": {"weight": settings | weight}}
+
+
+QUARK = [
+    Broken("quark-no-weight", without(AMD, "layer.weight"), quark(), ("layer.weight_scale", "layer.weight")),
+    Broken("quark-no-scale", without(AMD, "layer.weight_scale"), quark(), ("layer.weight",)),
+    Broken("quark-config-of-other-groups", AMD, quark(group_size=64), ("layer.weight", "0 of the configured")),
+    Broken("quark-config-of-other-dtype", AMD, quark(dtype="int8"), ("layer.weight", "0 of the configured")),
+    Broken("quark-config-of-unknown-dtype", AMD, quark(dtype="mx9"), ("layer.weight", "0 of the configured")),
+    Broken("quark-zero-points-of-other-rows", AMD | {"layer.weight_zero_point": zeros(2, 3, dtype=I32)}, quark(),
+           ("layer.weight_zero_point", "[2, 2]")),
+    Broken("quark-two-formats-fit", AMD, quark() | {"layer_type_quant_config": {"Linear": {"weight": {
+        "dtype": "int4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32}}}}, ("layer.weight", "fits 2")),
+]  # fmt: skip
+
+ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4, *MODELOPT, *QUARK]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])

@@ -21,6 +21,7 @@ from pytest_quantcheck.schemes import (
     mxfp4,
     plain,
     quantization_config,
+    quark,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
@@ -39,6 +40,7 @@ SCHEMES: tuple[Scheme, ...] = (
     mxfp4.SCHEME,
     modelopt.SCHEME,
     modelopt_live.SCHEME,
+    quark.SCHEME,
     activation_scales.SCHEME,
     plain.SCHEME,
 )

@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, compressed_tensors, fbgemm, fp8, modelopt, mxfp4, plain
+    from tests.cases import bnb, compressed_tensors, fbgemm, fp8, modelopt, mxfp4, plain, quark
 
     # One row per scheme.
     return [
@@ -52,4 +52,5 @@ def all_cases() -> list[Case]:
         *mxfp4.CASES,
         *fbgemm.CASES,
         *modelopt.CASES,
+        *quark.CASES,
     ]
