@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -203,7 +204,41 @@ QUARK = [
         "dtype": "int4", "qscheme": "per_group", "ch_axis": -1, "group_size": 32}}}}, ("layer.weight", "fits 2")),
 ]  # fmt: skip
 
-ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4, *MODELOPT, *QUARK]
+SIX = {
+    "layer.quantized_weight_values": zeros(128, 32, dtype=U8),
+    "layer.quantized_weight_scale_factors": zeros(512, dtype=FP8),
+    "layer.quantized_weight_amax": zeros(1),
+    "layer.quantized_weight_metadata": torch.tensor([10, 40, 128, 64, 1, 1], dtype=I32),
+}
+FOUR = {"quant_method": "fouroversix", "dtype": "nvfp4", "scale_rule": "mse"}
+ROTATED = {
+    "layer.qweight": zeros(10, 48, dtype=U8),
+    "layer.scales": zeros(10, 3, dtype=U8),
+    "layer.weight_global_scale": zeros(1),
+    "layer.forward_hadamard_matrix": zeros(32, 32),
+}
+ROTATION = {"quant_method": "fp_quant", "forward_dtype": "mxfp4"}
+
+KERNELS = [
+    Broken("fouroversix-no-amax", without(SIX, "layer.quantized_weight_amax"), FOUR,
+           ("layer.quantized_weight_values", "quantized_weight_amax")),
+    Broken("fouroversix-no-values", without(SIX, "layer.quantized_weight_values"), FOUR, ("layer.quantized_weight",)),
+    Broken("fouroversix-no-config", SIX, {}, ("layer.quantized_weight_values", "nothing says its format")),
+    Broken("fouroversix-scales-of-another-block", SIX, FOUR | {"dtype": "mxfp4"},
+           ("layer.quantized_weight_scale_factors", "256 in F8_E8M0")),
+    Broken("fouroversix-metadata-larger-than-padded",
+           SIX | {"layer.quantized_weight_metadata": torch.tensor([200, 40, 128, 64, 1, 1])}, FOUR,
+           ("layer.quantized_weight_metadata", "200")),
+    Broken("fp-quant-no-codes", without(ROTATED, "layer.qweight"), ROTATION,
+           ("layer.forward_hadamard_matrix", "qweight")),
+    Broken("fp-quant-no-scales", without(ROTATED, "layer.scales"), ROTATION, ("layer.qweight", "scales")),
+    Broken("fp-quant-config-of-other-groups", ROTATED, ROTATION | {"forward_dtype": "nvfp4"},
+           ("layer.scales", "[10, 6]")),
+    Broken("fp-quant-rotation-that-does-not-divide", ROTATED | {"layer.forward_hadamard_matrix": zeros(64, 64)},
+           ROTATION, ("layer.forward_hadamard_matrix", "96")),
+]  # fmt: skip
+
+ROWS = [*FINE_GRAINED, *COMPRESSED_TENSORS, *MXFP4, *MODELOPT, *QUARK, *KERNELS]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
@@ -255,3 +290,19 @@ def test_modelopt_is_known_by_its_own_file(tmp_path):
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(settings))
     tensor = inspect(tmp_path).tensor("layer.weight")
     assert (tensor.scheme, tensor.shape, tensor.block) == ("modelopt-int4", (10, 64), 32)
+
+
+def test_nvfp4_on_the_fly_counts_but_does_not_decode(monkeypatch):
+    from transformers.integrations import nvfp4
+
+    kernel = SimpleNamespace(swizzled_sf_shape=lambda rows, columns: (128, columns // 64))
+    monkeypatch.setattr(nvfp4, "load_nvfp4_kernel", lambda: kernel)
+    model = torch.nn.Module()
+    model.layer = nvfp4.NVFP4Linear(128, 48)
+    assert inspect(model).tensor("layer.weight").scheme == "plain"
+    model.layer.weight = torch.nn.Buffer(zeros(48, 64, dtype=U8))
+    artifact = inspect(model)
+    assert (artifact.logical_params, sum(p.numel() for p in model.parameters())) == (48 * 128, 0)
+    assert artifact.tensor("layer.weight").bytes == {"codes": 3072, "scales": 128 * 2 * 4 + 48 * 8 + 4}
+    with pytest.raises(FormatError, match="GPU kernel"):
+        artifact.tensor("layer.weight").decode()

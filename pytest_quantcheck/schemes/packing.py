@@ -219,3 +219,14 @@ def per_matrix(tensor: LogicalTensor, part: str, window: slice, device: str) -> 
 
 # Four bits in two's complement.
 INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
+
+
+def unblocked(tiles: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return scales in rows that were stored for Blackwell: tiles of 128 rows and 4 columns, 512 values each.
+
+    tiles  # (rows * columns,), rows in full 128s, columns in full 4s
+    ->     # (rows, columns)
+    """
+    across = max(1, columns // 4)
+    cut = tiles.view(len(tiles) // (512 * across), across, 32, 4, 4)  # (down, across, row % 32, row // 32, column)
+    return cut.permute(0, 3, 2, 1, 4).reshape(-1, columns)

@@ -40,6 +40,9 @@ PARTS = frozenset(
         "weight_packed", "weight_shape", "weight_global_scale", "weight_g_idx", "dense_weights", "row_offsets",
         "col_vals", "qbiases", "scaled_zeros", "trellis", "quantized_weight_values", "embedding_quantized",
         "scales_and_zeros", "q_weight", "weight_quantizer", "scale_packed", "bitmask", "compressed",
+        "quantized_weight_scale_factors", "quantized_weight_amax", "quantized_weight_metadata", "weight_sf",
+        "weight_sf_rowmajor", "pre_quant_scale", "dqweight", "forward_hadamard_matrix", "backward_hadamard_matrix",
+        "svdquant_lora_a", "svdquant_lora_b",
     }
 )  # fmt: skip
 PART_ENDINGS = ("_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format")

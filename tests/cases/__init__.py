@@ -41,7 +41,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, compressed_tensors, fbgemm, fp8, modelopt, mxfp4, plain, quark
+    from tests.cases import bnb, compressed_tensors, fbgemm, fouroversix, fp8, fp_quant, modelopt, mxfp4, plain, quark
 
     # One row per scheme.
     return [
@@ -53,4 +53,6 @@ def all_cases() -> list[Case]:
         *fbgemm.CASES,
         *modelopt.CASES,
         *quark.CASES,
+        *fouroversix.CASES,
+        *fp_quant.CASES,
     ]
