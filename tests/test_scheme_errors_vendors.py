@@ -41,6 +41,8 @@ FINE_GRAINED = [
            BLOCKS, ("layer.weight_scale_inv", "5 x 3", "128 x 128")),
     Broken("fp8-grid-of-another-block", {"layer.weight": zeros(256, 256, dtype=FP8),
                                          "layer.weight_scale_inv": zeros(4, 4)}, BLOCKS, ("2 x 2", "[256, 256]")),
+    Broken("fp8-one-scale-where-blocks-belong", {"layer.weight": zeros(256, 256, dtype=FP8),
+                                                 "layer.weight_scale_inv": zeros(1)}, BLOCKS, ("2 x 2",)),
     Broken("fp8-scale-of-a-bf16-weight", {"layer.weight": zeros(256, 256, dtype=torch.bfloat16),
                                           "layer.weight_scale_inv": zeros(2, 2)}, BLOCKS, ("layer.weight", "BF16")),
     Broken("fp8-packed-scales", {"layer.weight": zeros(256, 256, dtype=FP8),

@@ -22,7 +22,7 @@ under 128-row blocks get blocks of 96 (silently), and the 576 rows of DeepSeek's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,19 +78,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     shape = weight.shape
     if packed and weight.dtype != "F4":  # a safetensors header counts F4 values, not bytes
         shape = (*shape[:-1], 2 * shape[-1])
-    record = namespace.tensors.get(f"{name}{BLOCK_SIZE}")
-    layout = _layout(anchor, shape, packed, _block_size(anchor, record, namespace))
-    parts = [Part("weight", "codes", weight), Part("weight_scale_inv", "scales", anchor)]
-    parts += [Part("activation_scale", "scales", stored) for stored in _activation_scales(name, namespace)]
+    record = namespace.tensors.get(f"{name}{BLOCK_SIZE}") if anchor.role else None
+    layout = _layout(anchor, shape, packed, _settings(record, namespace))
+    parts: tuple[Part, ...] = (Part("weight", "codes", weight), Part("weight_scale_inv", "scales", anchor))
+    parts += tuple(Part("activation_scale", "scales", stored) for stored in _activation_scales(name, namespace))
     if record is not None:
-        parts.append(Part("block_size", "bookkeeping", record))
+        parts += (Part("block_size", "bookkeeping", record),)
     variant = _variant(anchor, layout)
     return LogicalTensor(
         name,
         shape,
         variant,
         "parameter",
-        tuple(parts),
+        parts,
         decode,
         layout,
         block=layout.block[1] if layout.block else None,
@@ -152,37 +152,42 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
     return name
 
 
-def _activation_scales(name: str, namespace: Namespace) -> list[StoredTensor]:
-    prefix = name.removesuffix("weight") if name.rpartition(".")[2] == "weight" else f"{name}_"
-    names = (f"{prefix}activation_scale", f"{prefix}input_scale")
-    return [namespace.tensors[found] for found in names if found in namespace.tensors]
+def _activation_scales(name: str, namespace: Namespace) -> Iterator[StoredTensor]:
+    prefix = name.removesuffix("weight") if name == "weight" or name.endswith(".weight") else f"{name}_"
+    for ending in ("activation_scale", "input_scale"):
+        stored = namespace.tensors.get(prefix + ending)
+        if stored is not None:
+            yield stored
 
 
-def _block_size(anchor: StoredTensor, record: StoredTensor | None, namespace: Namespace) -> tuple[int, int] | None:
-    """What is said about the block size: by the live module, by the configuration, or by its default."""
-    settings: Mapping[str, Any] = namespace.quantization
+def _settings(record: StoredTensor | None, namespace: Namespace) -> Mapping[str, Any]:
+    """What says the block size: the live module, or the configuration of this method."""
     if record is not None:
-        settings = strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT)
-    elif settings.get("quant_method") not in METHODS:
+        return strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT)
+    return namespace.quantization if namespace.quantization.get("quant_method") in METHODS else {}
+
+
+def _block_size(scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block size that is said, or that the method has where nothing is said; None where there is no method."""
+    if not settings:
         return None
     default = MX_BLOCK if settings.get("quant_method") == "mxfp8" else DEFAULT_BLOCK
     block = settings.get("weight_block_size", default)
     if block is None:
         return None
     if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
-        raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=anchor.name)
+        raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=scale.name)
     return block[0], block[1]
 
 
-def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, block: tuple[int, int] | None) -> Layout:
+def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, settings: Mapping[str, Any]) -> Layout:
     """Fit the scales to the weight; what does not fit is a `FormatError`."""
-    grid = _grid(scale, shape)
+    grid, block = _grid(scale, shape), FP4_BLOCK if packed else _block_size(scale, settings)
     rows, columns = shape[-2:]
-    if grid == (1, 1) and not packed:
+    per_tensor = grid == (1, 1) and not packed
+    if per_tensor and (block is None or not _is_blocked(scale, settings)):
         rows = prod(shape[:-1]) if scale.elements == 1 else rows
         return Layout(grid, rows, (rows, columns), packed)
-    if packed:
-        block = FP4_BLOCK
     if grid == (rows, 1) and block != FP4_BLOCK:
         return Layout(grid, rows, (1, columns), packed)
     if block is None:
@@ -194,6 +199,11 @@ def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, block: tu
         return Layout(grid, rows, (rows // 2, block[1]), packed)
     rule = f"{wanted[0]} x {wanted[1]} for {list(shape)} in blocks of {block[0]} x {block[1]}"
     raise FormatError(f"{list(scale.shape)} does not fit its weight ({rule})", tensor=scale.name)
+
+
+def _is_blocked(scale: StoredTensor, settings: Mapping[str, Any]) -> bool:
+    """Whether blocks are asked for by name: AutoFP8 and embeddings have one `weight_scale` whatever the others have."""
+    return bool(settings.get("weight_block_size")) and scale.name.endswith("_scale_inv")
 
 
 def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> tuple[int, int]:

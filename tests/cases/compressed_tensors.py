@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.cases import Case, Made
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 def scheme_of(**weights):
@@ -84,6 +84,13 @@ def packed(bits: int, rows: int, columns: int, symmetric: bool, strategy: str, g
         "pack-quantized", rows, columns, num_bits=bits, type="int", symmetric=symmetric, strategy=strategy,
         group_size=group, **more
     )  # fmt: skip
+
+
+def packed_in_bf16() -> Made:
+    """The library multiplies in the dtype of its scales, here bfloat16; ours is float32, equal to that rounding."""
+    made = packed(4, 10, 64, False, "group", 32, dtype=BF16)()
+    made.tolerance = 2**-8
+    return made
 
 
 def packed_by_hand() -> Made:
@@ -186,6 +193,7 @@ PACK = [
     Case("ct-pack-asym-tensor", packed(4, 9, 33, False, "tensor"), "ct-int4", (9, 33)),
     Case("ct-pack-asym-channel", packed(5, 21, 50, False, "channel"), "ct-int5", (21, 50),
          bytes={"codes": 21 * 8 * 4, "scales": 84, "zero_points": 16}),
+    Case("ct-pack-bf16-scales", packed_in_bf16, "ct-int4", (10, 64), bytes={"scales": 40}),
     Case("ct-pack-bias", packed(4, 8, 64, True, "group", 32, bias=True), "ct-int4", (8, 64), total=520),
     Case("ct-pack-3-bit-words-of-0.10", older_packing(330, None), "ct-int3", (6, 330)),
     Case("ct-pack-3-bit-words-told-by-version", older_packing(11, "0.10.2"), "ct-int3", (6, 11)),
