@@ -165,9 +165,10 @@ def _layout(scale: StoredTensor, weight: StoredTensor, module: str, namespace: N
         return Layout(packing.Grid(rows, grid[1], rows, 1), 32)
 
     def fits(args: Mapping[str, Any]) -> bool:
-        block = _block(args)
+        block = _block(args) if args.get("type", kind) == kind else None
         return block is not None and grid == (-(-rows // (block[0] or rows)), -(-columns // block[1]))
 
+    kind = "int" if weight.dtype == "I8" else "float"
     args = config_groups.weight_args(module, namespace, fits)
     block = _block(args) if args else None
     return Layout(packing.Grid(grid[0], grid[1], rows, block[0]), block[1]) if block else Layout(None, columns)

@@ -202,7 +202,8 @@ def _layout(
     grid = _grid(scale, shape)
 
     def fits(args: Mapping[str, Any]) -> bool:
-        return args.get("num_bits") in possible and _fits_groups(args, columns, grid.columns)
+        whole = args.get("type", "int") == "int" and args.get("num_bits") in possible
+        return whole and _fits_groups(args, columns, grid.columns)
 
     args = config_groups.weight_args(module, namespace, fits)
     bits = int(args["num_bits"]) if args else possible[0] if len(possible) == 1 else 0

@@ -7,7 +7,8 @@
     activation_scale  F32                  []                              static quantization of the input
 
 `weight_scale_inv` is `scale` in DeepSeek-V4, `weight_scale` in AutoFP8 and in FP8 embeddings. Fused experts have
-`gate_up_proj` with `gate_up_proj_scale_inv`. `activation_scale` is also called `input_scale`.
+`gate_up_proj` with `gate_up_proj_scale_inv`. `activation_scale` is also called `input_scale` or
+`act_scale`.
 
 Formula: w[n, k] = weight[n, k] * weight_scale_inv[n // bn, k // bk], in float32: it multiplies, whatever its name says.
 (bn, bk) is `weight_block_size`; FP4 always has (1, 32), mxfp8 has (1, 32) where nothing else is said. Scales in U8 or
@@ -154,7 +155,7 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
 
 def _activation_scales(name: str, namespace: Namespace) -> Iterator[StoredTensor]:
     prefix = name.removesuffix("weight") if name == "weight" or name.endswith(".weight") else f"{name}_"
-    for ending in ("activation_scale", "input_scale"):
+    for ending in ("activation_scale", "input_scale", "act_scale"):
         stored = namespace.tensors.get(prefix + ending)
         if stored is not None:
             yield stored
@@ -190,8 +191,9 @@ def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, settings:
         return Layout(grid, rows, (rows, columns), packed)
     if grid == (rows, 1) and block != FP4_BLOCK:
         return Layout(grid, rows, (1, columns), packed)
-    if block is None:
+    if block is None and not settings:
         return Layout(grid, rows, None, packed)
+    block = block or (rows, columns)
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if grid == wanted:
         return Layout(grid, rows, block, packed)

@@ -42,7 +42,7 @@ PARTS = frozenset(
         "scales_and_zeros", "q_weight", "weight_quantizer", "scale_packed", "bitmask", "compressed",
         "quantized_weight_scale_factors", "quantized_weight_amax", "quantized_weight_metadata", "weight_sf",
         "weight_sf_rowmajor", "pre_quant_scale", "dqweight", "forward_hadamard_matrix", "backward_hadamard_matrix",
-        "svdquant_lora_a", "svdquant_lora_b",
+        "svdquant_lora_a", "svdquant_lora_b", "weight_zp",
     }
 )  # fmt: skip
 PART_ENDINGS = ("_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format")

@@ -183,6 +183,15 @@ def two_groups_named_by_pattern() -> Made:
     return Made(high.values, tensors=tensors, config={"quantization_config": quantization})
 
 
+def one_group_of_floats() -> Made:
+    """Eight bits each, both per channel: what is stored in words are the integers."""
+    made = packed(8, 7, 64, True, "channel")()
+    config = made.config["quantization_config"]
+    floats = {"targets": ["re:.*attn.*"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    groups = {"floats": floats, "integers": config["config_groups"]["group_0"] | {"targets": ["re:.*mlp.*"]}}
+    return Made(made.values, tensors=made.tensors, config={"quantization_config": config | {"config_groups": groups}})
+
+
 PACK = [
     Case("ct-pack-by-hand", packed_by_hand, "ct-int3", (3, 5), bytes={"codes": 12, "scales": 12, "bookkeeping": 16}),
     *(Case(f"ct-pack-{bits}-bit-sym", packed(bits, 10, 100, True, "channel"), f"ct-int{bits}", (10, 100))
@@ -203,6 +212,7 @@ PACK = [
     Case("ct-pack-compression-config", nested_in("compression_config"), "ct-int5", (10, 40)),
     Case("ct-pack-text-config", nested_in("text_config", "quantization_config"), "ct-int5", (10, 40)),
     Case("ct-pack-stack", fused_experts, "ct-int4", (3, 10, 32)),
+    Case("ct-pack-integers-beside-floats", one_group_of_floats, "ct-int8", (7, 64)),
     Case("ct-pack-bits-by-name", two_groups_named_by_pattern, "ct-int4", (7, 8), total=48 + 56),
 ]  # fmt: skip
 

@@ -104,6 +104,7 @@ def mixed_precision() -> Made:
     low, high = golden("nvfp4")(), golden("fp8")()
     tensors = {name.replace("layer", "mlp.up"): tensor for name, tensor in low.tensors.items()} | high.tensors
     tensors |= {"lm_head.weight": torch.randn(5, 8), "self_attn.k_proj.k_scale": torch.tensor(0.5)}
+    tensors["self_attn.v_proj.v_bias"] = torch.rand(16)
     layers = {"mlp.up": {"quant_algo": "NVFP4", "group_size": 16}, "layer": {"quant_algo": "FP8"}}
     config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     return Made(high.values, tensors=tensors, config={"quantization_config": config})
