@@ -108,9 +108,9 @@ def _layout(packed: StoredTensor, scale: StoredTensor) -> tuple[str, Layout, flo
     if not exponents and scale.dtype != "F8_E4M3":
         rule = "F8_E4M3 for nvfp4, U8 or E8M0 for mxfp4 and mxfp6"
         raise FormatError(f"{scale.dtype} is not the scale of a packed float ({rule})", tensor=scale.name)
-    width, groups = packed.shape[-1], scale.shape[-1] if scale.shape else 0
+    width, groups = (shape[-1] if shape else 0 for shape in (packed.shape, scale.shape))
     found = LAYOUTS.get((width // groups, exponents)) if groups and width % groups == 0 else None
-    if found is None or scale.shape[:-1] != packed.shape[:-1]:
+    if found is None or len(packed.shape) < 2 or scale.shape[:-1] != packed.shape[:-1]:
         rule = "one for 8 bytes of nvfp4, for 16 of mxfp4, for 24 of mxfp6"
         raise FormatError(
             f"{list(scale.shape)} scales do not fit {list(packed.shape)} bytes ({rule})", tensor=scale.name

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 METHODS = ("compressed-tensors", "compressed_tensors")
 FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 EXPONENTS = frozenset({"U8", "F8_E8M0"})
 ROW_SCALES = "weight_row_scales"  # live only: marks the module whose scales are [1, N]
 
@@ -77,6 +78,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     if DTYPES[weight.dtype].kind == "float" and weight.dtype not in FP8:
         plain = (Part("weight", "unquantized", weight), *parts)
         return LogicalTensor(weight.name, weight.shape, "plain", "parameter", plain, decode_plain)
+    if anchor.dtype not in FLOATS and anchor.dtype not in EXPONENTS:
+        raise FormatError(f"{anchor.dtype} is no scale (F32, BF16, F16, or U8 and E8M0 for mxfp8)", tensor=anchor.name)
     if weight.dtype != "I8" and weight.dtype not in FP8:
         raise FormatError(f"{weight.dtype} is neither int8 nor float8, but has `weight_scale`", tensor=weight.name)
     layout = _layout(anchor, weight, module, namespace)
@@ -90,7 +93,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.width if layout.grid else None,
-        floor_db=_floor_db(scheme, module, namespace),
+        floor_db=_floor_db(scheme, namespace),
     )
     _check_parts(tensor)
     return tensor
@@ -195,15 +198,15 @@ def _check_parts(tensor: LogicalTensor) -> None:
         raise FormatError(f"{list(index.shape)} {rule}", tensor=index.name)
 
 
-def _floor_db(scheme: str, module: str, namespace: Namespace) -> float | None:
+def _floor_db(scheme: str, namespace: Namespace) -> float | None:
     """The floor of eight bits; integers of fewer bits are stored in bytes, too, and have none here."""
     groups = namespace.quantization.get("config_groups")
-    bits = {
+    bits = [
         group["weights"].get("num_bits")
         for group in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    }
-    return FLOORS_DB[scheme] if bits <= {8} else None
+    ]
+    return FLOORS_DB[scheme] if all(bit == 8 for bit in bits) else None
 
 
 SCHEME = Scheme(

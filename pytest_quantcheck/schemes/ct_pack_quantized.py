@@ -69,6 +69,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     prefix = f"{module}." if module else ""
     if anchor.dtype != "I32" or f"{prefix}scale_packed" in namespace.tensors:
         return None
+    if len(anchor.shape) < 2 or not anchor.elements:
+        raise FormatError(f"{list(anchor.shape)} is no matrix of words", tensor=anchor.name)
     scale = namespace.tensors.get(f"{prefix}weight_scale")
     if scale is None or scale.dtype not in SCALES:
         what = f"is {scale.dtype}" if scale else "is missing"
@@ -225,7 +227,7 @@ def _fits_groups(args: Mapping[str, Any], columns: int, groups: int) -> bool:
 def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> packing.Grid:
     if scale.elements == 1:
         return packing.Grid(1, 1, prod(shape[:-1]), prod(shape[:-1]))
-    if len(scale.shape) != len(shape) or scale.shape[:-1] != shape[:-1]:
+    if len(scale.shape) != len(shape) or scale.shape[:-1] != shape[:-1] or not scale.elements:
         raise FormatError(f"{list(scale.shape)} is no grid over {list(shape)}", tensor=scale.name)
     return packing.Grid(shape[-2], scale.shape[-1], shape[-2], 1)
 

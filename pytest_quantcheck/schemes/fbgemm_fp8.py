@@ -45,10 +45,13 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         return None
     if weight is None:
         raise FormatError(f"has no weight `{name}` beside it", tensor=anchor.name)
+    if len(weight.shape) < 2:
+        raise FormatError(f"{list(weight.shape)} is no matrix, but has `{last}`", tensor=name)
     wanted = _scale_shape(weight, last)
-    if weight.dtype != "F8_E4M3" or anchor.shape != wanted:
-        rule = f"F8_E4M3 with {list(wanted)}"
-        what = f"{weight.dtype} {list(weight.shape)} with scales {list(anchor.shape)} is not FBGEMM FP8 ({rule})"
+    if weight.dtype != "F8_E4M3" or anchor.shape != wanted or anchor.dtype not in ("F32", "BF16", "F16"):
+        rule = f"F8_E4M3 with float scales {list(wanted)}"
+        found = f"{weight.dtype} {list(weight.shape)} with {anchor.dtype} scales {list(anchor.shape)}"
+        what = f"{found} is not FBGEMM FP8 ({rule})"
         raise FormatError(what, tensor=name)
     parts = [Part("weight", "codes", weight), Part("weight_scale", "scales", anchor)]
     bound = namespace.tensors.get(f"{lead}input_scale_ub")

@@ -66,6 +66,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         if name not in present:
             raise FormatError(f"has no `{prefix}{name}`", tensor=anchor.name)
     sizes = packing.read_integers(present[SIZES])
+    if present[AMAX].elements != 1:
+        raise FormatError(f"{list(present[AMAX].shape)} is not one largest value", tensor=present[AMAX].name)
     settings = _settings(prefix.removesuffix("."), present.get(RECORD), namespace)
     dtype, rule = str(settings["dtype"]), str(settings["scale_rule"])
     decoded = dtype in BLOCKS

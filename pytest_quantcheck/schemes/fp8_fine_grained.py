@@ -77,6 +77,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     if anchor.dtype not in SCALES:
         raise FormatError(f"{anchor.dtype} is not a scale of this format (F32, BF16, E8M0 or U8)", tensor=anchor.name)
     shape = weight.shape
+    if len(shape) < 2 or not weight.elements:
+        raise FormatError(f"{list(shape)} is no matrix, but has `{anchor.name}`", tensor=name)
     if packed and weight.dtype != "F4":  # a safetensors header counts F4 values, not bytes
         shape = (*shape[:-1], 2 * shape[-1])
     record = namespace.tensors.get(f"{name}{BLOCK_SIZE}") if anchor.role else None
@@ -210,8 +212,6 @@ def _is_blocked(scale: StoredTensor, settings: Mapping[str, Any]) -> bool:
 
 def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> tuple[int, int]:
     """The rows and columns of scales over one matrix."""
-    if len(shape) < 2:
-        raise FormatError(f"scales a tensor of shape {list(shape)} (a matrix belongs there)", tensor=scale.name)
     if scale.elements == 1 or scale.shape == shape[:-2]:
         return 1, 1
     if len(scale.shape) == len(shape) and scale.shape[:-2] == shape[:-2]:

@@ -64,6 +64,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     parts = [Part(name, kind, part) for name, kind, part in others if part is not None]
     parts += [Part(name, "bookkeeping", rest) for name, rest in held if rest is not stored]
     name = f"{prefix}weight"
+    if len(stored.shape) < 2:
+        raise FormatError(f"{list(stored.shape)} is no matrix, but has `{anchor.name}`", tensor=stored.name)
     if holder == "weight":
         return LogicalTensor(
             name, stored.shape, "plain", "parameter", (Part("weight", "unquantized", stored), *parts), decode_plain

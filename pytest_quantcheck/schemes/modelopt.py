@@ -68,8 +68,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     weight = namespace.tensors.get(name)
     if weight is None:
         raise FormatError(f"has no weight `{name}` beside it", tensor=anchor.name)
-    if len(weight.shape) < 2:
-        raise FormatError(f"{list(weight.shape)} is no matrix, but has `{anchor.name}`", tensor=name)
+    if len(weight.shape) < 2 or not weight.elements or not anchor.elements:
+        what = f"{list(weight.shape)} under scales {list(anchor.shape)} is no matrix with scales"
+        raise FormatError(what, tensor=name)
     variant, shape, layout = _layout(weight, anchor, namespace)
     others = ((part, kind, namespace.tensors.get(f"{prefix}{part}")) for part, kind in PARTS.items())
     parts = [Part(part, kind, stored) for part, kind, stored in others if stored is not None]
@@ -173,14 +174,14 @@ def _packed(weight: StoredTensor, scale: StoredTensor) -> tuple[str, tuple[int, 
         return "int4", (*stack, high, columns), Layout("int4", True, grid, columns // wide)
     if scale.dtype not in ("F8_E4M3", "U8"):
         raise FormatError(f"{scale.dtype} is not the scale of packed codes", tensor=scale.name)
-    variant = "nvfp4" if scale.dtype == "F8_E4M3" else "mxfp4"
-    if high == rows and wide and 2 * columns % wide == 0 and 2 * columns // wide in (16, 32):
+    variant, blocks = ("nvfp4", (16, 32)) if scale.dtype == "F8_E4M3" else ("mxfp4", (32,))
+    if high == rows and wide and 2 * columns % wide == 0 and 2 * columns // wide in blocks:
         width = 2 * columns // wide
         return variant, (*stack, rows, 2 * columns), Layout("e2m1", False, packing.Grid(rows, wide, rows, 1), width)
-    if wide == columns and high and 2 * rows % high == 0 and 2 * rows // high in (16, 32):
+    if wide == columns and high and 2 * rows % high == 0 and 2 * rows // high in blocks:
         grid = packing.Grid(high, wide, 2 * rows, 2 * rows // high)
         return variant, (*stack, 2 * rows, columns), Layout("e2m1", True, grid, 1)
-    raise FormatError(f"{list(scale.shape)} is no grid of 16 or 32 over {list(weight.shape)} bytes", tensor=scale.name)
+    raise FormatError(f"{list(scale.shape)} is no grid of {blocks} over {list(weight.shape)} bytes", tensor=scale.name)
 
 
 def _byte_grid(scale: StoredTensor, shape: tuple[int, ...], namespace: Namespace) -> tuple[packing.Grid | None, int]:
@@ -221,13 +222,12 @@ def _settings(namespace: Namespace) -> Mapping[str, Any]:
 
 
 def _check_parts(tensor: LogicalTensor, variant: str) -> None:
-    if variant == "nvfp4":
-        if not tensor.has("weight_scale_2"):
-            raise FormatError("has no `weight_scale_2`", tensor=tensor.part("weight_scale").name)
-        share, matrices = tensor.part("weight_scale_2"), prod(tensor.shape[:-2])
-        if share.elements not in (1, matrices):
-            rule = f"one, or one for each of {matrices:,} matrices"
-            raise FormatError(f"{list(share.shape)} does not fit {list(tensor.shape)} ({rule})", tensor=share.name)
+    if variant == "nvfp4" and not tensor.has("weight_scale_2"):
+        raise FormatError("has no `weight_scale_2`", tensor=tensor.part("weight_scale").name)
+    matrices = prod(tensor.shape[:-2])
+    if tensor.has("weight_scale_2") and tensor.part("weight_scale_2").elements not in (1, matrices):
+        share, rule = tensor.part("weight_scale_2"), f"one, or one for each of {matrices:,} matrices"
+        raise FormatError(f"{list(share.shape)} does not fit {list(tensor.shape)} ({rule})", tensor=share.name)
     if tensor.has("pre_quant_scale") and tensor.part("pre_quant_scale").elements != tensor.columns:
         stored = tensor.part("pre_quant_scale")
         what = f"{list(stored.shape)} is not one for each of {tensor.columns:,} columns"

@@ -107,6 +107,8 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     values  # (rows, columns)
     scales  # (rows, ceil(columns / group))
     """
+    if not values.numel():
+        return values
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
     if whole < scales.shape[1]:
@@ -176,6 +178,8 @@ def shift_groups(values: torch.Tensor, zeros: torch.Tensor, group: int) -> torch
     values  # (rows, columns)
     zeros   # (rows, ceil(columns / group))
     """
+    if not values.numel():
+        return values
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).sub_(zeros[:, :whole].unsqueeze(-1))
     if whole < zeros.shape[1]:

@@ -75,6 +75,8 @@ CODES = {
 }
 SCALE_TURNS = frozenset({"int4", "uint4", "int8", "uint8", "int2", "uint2", "int3"})
 REORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds each element
+FLOATS = frozenset({"F32", "F16", "BF16"})
+SCALES = FLOATS | {"U8", "F8_E8M0", "F8_E4M3"}
 FLOORS_DB = {"fp8_e4m3": 29.5, "fp8_e5m2": 24.5, "int8": 28.0, "uint8": 28.0}
 
 SUFFIXES: dict[str, ByteClass] = {
@@ -220,7 +222,7 @@ def _zeros(tensor: LogicalTensor, layout: Layout, window: slice, device: str) ->
     stored = tensor.part(layout.codes[1])
     if layout.scheme == "per_tensor":
         return stored.load(device=device).to(torch.float32).view(1, 1)
-    if stored.dtype in ("F32", "F16", "BF16"):
+    if stored.dtype in FLOATS:
         return stored.load(device=device).to(torch.float32).view(stored.shape)[:, window].t()
     if layout.scheme == "per_group":
         groups = tensor.part(layout.codes[0]).shape[0]
@@ -301,7 +303,11 @@ def _layout(weight: Any, reorder: bool) -> Layout | None:
     scaled = len(levels) == 2 and levels[1].get("is_scale_quant") is True
     level = levels[0] if scaled else levels[-1]
     dtype, scheme, group, block = (level.get(key) for key in ("dtype", "qscheme", "group_size", "block_size"))
-    if dtype not in CODES or scheme not in ("per_tensor", "per_channel", "per_group", "per_block"):
+    if (
+        not isinstance(dtype, str)
+        or dtype not in CODES
+        or scheme not in ("per_tensor", "per_channel", "per_group", "per_block")
+    ):
         return None
     if scheme == "per_channel" and level.get("ch_axis") not in (0, -2, None):
         return None
@@ -322,7 +328,9 @@ def _layout(weight: Any, reorder: bool) -> Layout | None:
 def _shape(layout: Layout, named: Mapping[str, StoredTensor]) -> tuple[int, ...] | None:
     """The unquantized shape where the stored shapes fit the format, else None."""
     weight, scale, code = named["weight"], named.get(layout.codes[0]), CODES[layout.dtype]
-    if scale is None or weight.dtype not in code.stored or len(weight.shape) < 2:
+    if scale is None or weight.dtype not in code.stored or scale.dtype not in SCALES:
+        return None
+    if len(weight.shape) < 2 or not weight.elements:
         return None
     if layout.outer is not None and (layout.outer not in named or named[layout.outer].elements != 1):
         return None
@@ -361,10 +369,13 @@ def _check_zero_point(layout: Layout, shape: tuple[int, ...], named: Mapping[str
     zero, scale, code = named.get(layout.codes[1]), named[layout.codes[0]], CODES[layout.dtype]
     if zero is None:
         return
+    if zero.dtype not in code.stored and (zero.dtype not in FLOATS or layout.scheme == "per_channel"):
+        rule = ", ".join(code.stored)
+        raise FormatError(f"{zero.dtype} does not hold zero points of {layout.dtype} ({rule})", tensor=zero.name)
     last = -(-shape[-2] // code.codes) * code.elements
     if layout.scheme == "per_tensor":
         wanted: tuple[int, ...] = zero.shape if zero.elements == 1 else ()
-    elif zero.dtype in ("F32", "F16", "BF16"):
+    elif zero.dtype in FLOATS and layout.scheme == "per_group":
         wanted = scale.shape
     elif layout.scheme == "per_channel":
         wanted = (last,)
