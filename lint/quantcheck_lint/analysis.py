@@ -1,0 +1,36 @@
+"""One parsed module, and what rules ask of it: places, source code and positions of nodes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import libcst as cst
+from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
+
+from quantcheck_lint.flow import Flow
+
+
+class Analysis:
+    """A module under analysis. Everything is computed when it is first asked for."""
+
+    def __init__(self, module: cst.Module) -> None:
+        self.module = module
+
+    @cached_property
+    def flow(self) -> Flow:
+        """Where sizes of tensors are read and added up."""
+        return Flow(self.module)
+
+    @cached_property
+    def _positions(self) -> dict[cst.CSTNode, CodeRange]:
+        # The wrapper copies the tree unless it is told that no node occurs twice, which holds for what was just parsed.
+        wrapper = MetadataWrapper(self.module, unsafe_skip_copy=True)
+        return dict(wrapper.resolve(PositionProvider))
+
+    def code(self, node: cst.CSTNode) -> str:
+        """The source of a node, in one line."""
+        return " ".join(self.module.code_for_node(node).split())
+
+    def position(self, node: cst.CSTNode) -> CodeRange:
+        """Where a node is: lines from 1, columns from 0."""
+        return self._positions[node]

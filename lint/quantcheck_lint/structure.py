@@ -1,0 +1,165 @@
+"""The shape of a source without parsing it: logical lines, and which functions are worth parsing.
+
+One iterative pass over the text, so nothing in it can exhaust the stack. It decides only what libcst gets to see; when
+it misjudges (an f-string with quotes inside quotes), the piece doesn't parse and libcst gets the whole source instead.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_TOKEN = re.compile(
+    r"""\#[^\r\n]*
+    | \"{3}(?:[^"\\]|\\.|"(?!""))*+(?:\"{3}|\Z) | '{3}(?:[^'\\]|\\.|'(?!''))*+(?:'{3}|\Z)
+    | "(?:[^"\\\r\n]|\\\r\n|\\.)*+"? | '(?:[^'\\\r\n]|\\\r\n|\\.)*+'?
+    | [(\[{] | [)\]}] | \\\r?\n | \r\n? | \n""",
+    re.DOTALL | re.VERBOSE,
+)
+_OPERATORS = re.compile(r"[-+*/%@&|^~<>=.]|\b(?:and|or|not|if|lambda|await|for|in|is)\b|[\"'][\w\s]|[(\[{]")
+_LONG_LINE = 1000
+_CONTINUES = frozenset({"else", "elif", "except", "finally", "case"})
+_WORD = re.compile(r"@|\w+")
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
+
+# CPython's own tokenizer refuses more.
+DEEPEST = 200
+# What libcst takes in its stride, far below what kills it. Beyond these the work is done in a child process.
+SAFE_DEPTH = 40
+SAFE_OPERATORS = 250
+SAFE_BRANCHES = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One logical line: physical lines `first` to `last` (from 0), how far it is indented and its first word."""
+
+    first: int
+    last: int
+    indent: int
+    word: str
+    operators: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A function, a method or another statement, with the header lines of the classes around it."""
+
+    first: int
+    last: int
+    headers: tuple[Line, ...]
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """The part of a source that is parsed, and where its lines come from (from 0)."""
+
+    text: str
+    origin: tuple[int, ...]
+    units: tuple[Unit, ...]
+
+
+class Structure:
+    """Physical and logical lines of a text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.starts = [0, *(match.end() for match in re.finditer(r"\r\n?|\n", text))]
+        self.deepest = (0, 0)
+        self.lines = self._logical_lines()
+
+    def line_of(self, offset: int) -> int:
+        """The physical line (from 0) of an offset."""
+        return bisect_right(self.starts, offset) - 1
+
+    def slice(self, first: int, last: int) -> str:
+        """The physical lines `first` to `last`, with their line ends."""
+        return self.text[self.starts[first] : self.starts[last + 1] if last + 1 < len(self.starts) else None]
+
+    def _logical_lines(self) -> list[Line]:
+        text, lines, depth, deepest, begin = self.text, list[Line](), 0, (0, 0), 0
+        for match in _TOKEN.finditer(text):
+            first = text[match.start()]
+            if first in "([{":
+                depth += 1
+                if depth > deepest[0]:
+                    deepest = (depth, match.start())
+            elif first in ")]}":
+                depth = max(depth - 1, 0)
+            elif first in "\r\n" and depth == 0:
+                self._add(lines, begin, match.start())
+                begin = match.end()
+        self._add(lines, begin, len(text))
+        self.deepest = deepest
+        return lines
+
+    def _add(self, lines: list[Line], begin: int, end: int) -> None:
+        segment = self.text[begin:end]
+        stripped = segment.lstrip(" \t\f\ufeff")
+        if not stripped.strip() or stripped[0] == "#":
+            return
+        indent = len(segment[: len(segment) - len(stripped)].rpartition("\f")[2].expandtabs())
+        word = _WORD.match(stripped)
+        operators = len(_OPERATORS.findall(segment)) if len(segment) > _LONG_LINE else 0
+        lines.append(
+            Line(
+                self.line_of(begin), self.line_of(max(begin, end - 1)), indent, word.group() if word else "", operators
+            )
+        )
+
+    def units(self) -> list[Unit]:
+        """The functions, methods and other statements, in order and without overlap."""
+        found: list[Unit] = []
+        self._collect_units(0, len(self.lines), (), found)
+        return found
+
+    def _collect_units(self, start: int, end: int, headers: tuple[Line, ...], found: list[Unit]) -> None:
+        while start < end:
+            header = start
+            while header + 1 < end and self.lines[header].word == "@":
+                header += 1
+            stop = self._end_of(header, end)
+            if self.lines[header].word == "class" and stop > header + 1:
+                self._collect_units(header + 1, stop, (*headers, self.lines[header]), found)
+            else:
+                lines = tuple(self.lines[start:stop])
+                found.append(Unit(lines[0].first, lines[-1].last, headers, lines))
+            start = stop
+
+    def _end_of(self, header: int, end: int) -> int:
+        """One past the last logical line of the statement that starts at `header`, its `else` parts included."""
+        indent, stop = self.lines[header].indent, header + 1
+        branches = self.lines[header].word in {"if", "for", "while", "try"}
+        while stop < end and (
+            self.lines[stop].indent > indent
+            or (branches and self.lines[stop].indent == indent and self.lines[stop].word in _CONTINUES)
+        ):
+            stop += 1
+        return stop
+
+    def excerpt(self, units: Iterable[Unit]) -> Excerpt:
+        """The source of some units, under the headers of their classes."""
+        chosen, kept = tuple(units), set[int]()
+        for unit in chosen:
+            kept.update(range(unit.first, unit.last + 1))
+            for header in unit.headers:
+                kept.update(range(header.first, header.last + 1))
+        origin = tuple(sorted(kept))
+        text = "".join(self.slice(line, line) for line in origin)
+        return Excerpt(text, origin, chosen)
+
+
+def risky(lines: Sequence[Line], deepest: int) -> bool:
+    """Whether libcst may need a lot of stack, time or memory for these lines."""
+    if deepest > SAFE_DEPTH or any(line.operators > SAFE_OPERATORS for line in lines):
+        return True
+    branches = sum(line.word in {"elif", "else"} for line in lines)
+    return branches > SAFE_BRANCHES or any(line.indent > 8 * SAFE_DEPTH for line in lines)
+
+
+def identifiers(text: str) -> set[str]:
+    """Every name in a text, keywords and words of comments included."""
+    return set(_IDENTIFIER.findall(text))
