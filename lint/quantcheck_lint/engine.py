@@ -1,16 +1,18 @@
-"""Checks one source: bytes are filtered, the text is cut down to what matters, libcst decides."""
+"""Checks one source: the text is cut down to what matters, libcst decides, comments have the last word."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantcheck_lint import suppressions
 from quantcheck_lint.finding import CannotRead, Edit, Finding, Fix
+from quantcheck_lint.isolation import check_apart
 from quantcheck_lint.rules.rule import Detection, Rule
 from quantcheck_lint.selection import select
 from quantcheck_lint.source import Source
-from quantcheck_lint.structure import DEEPEST, Excerpt, Structure
+from quantcheck_lint.structure import DEEPEST, Excerpt, Structure, risky
 
 if TYPE_CHECKING:
     import libcst as cst
@@ -29,28 +31,63 @@ class Checked:
     unreadable: tuple[CannotRead, ...] = ()
 
 
-def check(source: Source, rules: Sequence[Rule]) -> Checked:
-    """Everything that `rules` object to in `source`."""
+def lint(source: Source, rules: Sequence[Rule], wanted: Sequence[Rule], timeout: float) -> Checked:
+    """Findings of the rules that are `wanted` here, less what comments hide, and the comments that hide nothing."""
     structure = Structure(source.text)
+    checked = check(source, wanted, timeout, structure=structure) if wanted else Checked()
+    comments = suppressions.find(structure) if suppressions.may_occur(source.text) else []
+    findings = suppressions.apply(checked.findings, comments)
+    unused = next((rule for rule in rules if rule.code == suppressions.UNUSED), None)
+    if unused is not None and not checked.unreadable:
+        on = {rule.code for rule in rules}
+        found = suppressions.unused(source.path, structure, comments, on, unused.name)
+        findings += suppressions.apply(list(found), comments)
+    return Checked(in_order(findings), checked.unreadable)
+
+
+def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """The findings of one file from top to bottom."""
+    return tuple(sorted(findings, key=lambda finding: (finding.cell or 0, finding.line, finding.column, finding.code)))
+
+
+def check(
+    source: Source,
+    rules: Sequence[Rule],
+    timeout: float = 20,
+    *,
+    apart: bool = False,
+    structure: Structure | None = None,
+) -> Checked:
+    """Everything that `rules` object to in `source`; `apart` in the child process, where the parser may die."""
+    structure = structure or Structure(source.text)
     excerpt = select(structure, rules)
     if excerpt is None:
         return Checked()
-    depth, offset = structure.deepest
-    if depth > DEEPEST:
-        raise CannotRead(f"brackets are nested {depth} deep", f"limit {DEEPEST}", structure.line_of(offset) + 1)
-    return _analyse(source, structure, excerpt, rules)
+    lines = [line for unit in excerpt.units for line in (*unit.headers, *unit.lines)]
+    deepest = max(lines, key=lambda line: line.depth)
+    if deepest.depth > DEEPEST:
+        raise CannotRead(f"brackets are nested {deepest.depth} deep", f"limit {DEEPEST}", deepest.first + 1)
+    codes = [rule.code for rule in rules]
+    if not apart and risky(lines):
+        return check_apart(source, codes, timeout)
+    try:
+        return _analyse(source, structure, excerpt, rules, whole=apart or not risky(structure.lines))
+    except RecursionError:
+        if apart:
+            raise
+        return check_apart(source, codes, timeout)
 
 
-def _analyse(source: Source, structure: Structure, excerpt: Excerpt, rules: Sequence[Rule]) -> Checked:
-    from quantcheck_lint.parsing import parse
+def _analyse(source: Source, structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, whole: bool) -> Checked:
+    from quantcheck_lint.parsing import parse  # libcst is not needed before this point
 
     findings: list[Finding] = []
     unreadable: list[CannotRead] = []
-    for piece, analysis in parse(structure, excerpt, unreadable):
+    for piece, analysis in parse(structure, excerpt, unreadable, whole):
+        context = Context(source, structure, piece, analysis)
         for rule in rules:
-            for detection in rule.check(analysis):
-                findings.append(_finding(Context(source, structure, piece, analysis), rule, detection))
-    return Checked(tuple(sorted(findings, key=lambda f: (f.line, f.column, f.code))), tuple(unreadable))
+            findings += [_finding(context, rule, detection) for detection in rule.check(analysis)]
+    return Checked(in_order(findings), tuple(unreadable))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +101,11 @@ class Context:
 
 
 def _finding(context: Context, rule: Rule, detection: Detection) -> Finding:
-    structure, piece, analysis = context.structure, context.piece, context.analysis
-    at = analysis.position(detection.node)
+    structure, piece = context.structure, context.piece
+    at = context.analysis.position(detection.node)
     first, last = piece.origin[at.start.line - 1], piece.origin[at.end.line - 1]
     statement = next((line for line in structure.lines if line.first <= first <= line.last), None)
+    shown = range(first, min(last, first + SHOWN_LINES - 1) + 1)
     return Finding(
         path=context.source.path,
         line=first + 1,
@@ -79,29 +117,27 @@ def _finding(context: Context, rule: Rule, detection: Detection) -> Finding:
         severity=rule.severity,
         message=detection.message,
         suggestion=detection.suggestion,
-        fix=_fix(piece, analysis, rule, detection),
-        excerpt=tuple(
-            structure.slice(line, line).rstrip("\r\n") for line in range(first, min(last, first + SHOWN_LINES - 1) + 1)
-        ),
+        fix=_fix(context, rule, detection),
+        excerpt=tuple(structure.slice(line, line).rstrip("\r\n") for line in shown),
         span=(statement.first + 1, statement.last + 1) if statement else (first + 1, last + 1),
     )
 
 
-def _fix(piece: Excerpt, analysis: Analysis, rule: Rule, detection: Detection) -> Fix | None:
+def _fix(context: Context, rule: Rule, detection: Detection) -> Fix | None:
     if not detection.replace:
         return None
-    edits = tuple(_edit(piece, analysis, old, new) for old, new in detection.replace)
+    edits = tuple(_edit(context, old, new) for old, new in detection.replace)
     return Fix(edits, detection.imports, safe=rule.fix == "safe")
 
 
-def _edit(piece: Excerpt, analysis: Analysis, old: cst.CSTNode, new: cst.CSTNode) -> Edit:
-    at = analysis.position(old)
+def _edit(context: Context, old: cst.CSTNode, new: cst.CSTNode) -> Edit:
+    at = context.analysis.position(old)
     return Edit(
-        piece.origin[at.start.line - 1] + 1,
+        context.piece.origin[at.start.line - 1] + 1,
         at.start.column,
-        piece.origin[at.end.line - 1] + 1,
+        context.piece.origin[at.end.line - 1] + 1,
         at.end.column,
-        analysis.module.code_for_node(new),
+        context.analysis.module.code_for_node(new),
     )
 
 
@@ -119,8 +155,3 @@ def unreadable_finding(path: str, error: CannotRead) -> Finding:
         message=f"cannot check: {error.what} ({error.rule})",
         span=(error.line, error.line),
     )
-
-
-def relocated(finding: Finding, path: str) -> Finding:
-    """The same finding under another path."""
-    return replace(finding, path=path)

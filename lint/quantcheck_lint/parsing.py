@@ -1,4 +1,4 @@
-"""From pieces of text to analyses. The only module of the linter that calls libcst's parser for detection."""
+"""From pieces of text to analyses: the only place where sources are parsed to find something."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from quantcheck_lint.finding import CannotRead
 from quantcheck_lint.structure import Excerpt, Structure
 
 
-def parse(structure: Structure, excerpt: Excerpt, unreadable: list[CannotRead]) -> Iterator[tuple[Excerpt, Analysis]]:
+def parse(
+    structure: Structure, excerpt: Excerpt, unreadable: list[CannotRead], whole: bool
+) -> Iterator[tuple[Excerpt, Analysis]]:
     """The analysis of the excerpt; when it doesn't parse, of the whole source; when that doesn't, of each unit."""
-    whole = Excerpt(structure.text, tuple(range(len(structure.starts))), excerpt.units)
-    for piece in (excerpt, whole):
+    try:
+        yield excerpt, Analysis(cst.parse_module(excerpt.text))
+        return
+    except cst.ParserSyntaxError as error:
+        problem = _problem(error, excerpt.origin)
+    if whole:
+        everything = Excerpt(structure.text, tuple(range(len(structure.starts))), excerpt.units)
         try:
-            yield piece, Analysis(cst.parse_module(piece.text))
-        except cst.ParserSyntaxError as error:
-            problem = error
-        else:
+            yield everything, Analysis(cst.parse_module(structure.text))
             return
-    unreadable.append(_problem(problem))
+        except cst.ParserSyntaxError as error:
+            problem = _problem(error, everything.origin)
+    unreadable.append(problem)
     for unit in excerpt.units:
         piece = structure.excerpt([unit])
         try:
@@ -30,6 +36,7 @@ def parse(structure: Structure, excerpt: Excerpt, unreadable: list[CannotRead]) 
             continue
 
 
-def _problem(error: cst.ParserSyntaxError) -> CannotRead:
+def _problem(error: cst.ParserSyntaxError, origin: tuple[int, ...]) -> CannotRead:
     what = " ".join(error.message.split()).removeprefix("parser error: ").rstrip(".")
-    return CannotRead(f"does not parse: {what}", "Python syntax", error.raw_line, error.raw_column + 1)
+    line = origin[min(max(error.raw_line, 1), len(origin)) - 1] + 1
+    return CannotRead(f"does not parse: {what}", "Python syntax", line, error.raw_column + 1)

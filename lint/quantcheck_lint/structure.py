@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _TOKEN = re.compile(
@@ -29,7 +29,8 @@ DEEPEST = 200
 # What libcst takes in its stride, far below what kills it. Beyond these the work is done in a child process.
 SAFE_DEPTH = 40
 SAFE_OPERATORS = 250
-SAFE_BRANCHES = 60
+SAFE_BRANCHES = 200
+SAFE_INDENT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Line:
     indent: int
     word: str
     operators: int
+    depth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,6 @@ class Structure:
     def __init__(self, text: str) -> None:
         self.text = text
         self.starts = [0, *(match.end() for match in re.finditer(r"\r\n?|\n", text))]
-        self.deepest = (0, 0)
         self.lines = self._logical_lines()
 
     def line_of(self, offset: int) -> int:
@@ -80,35 +81,47 @@ class Structure:
         return self.text[self.starts[first] : self.starts[last + 1] if last + 1 < len(self.starts) else None]
 
     def _logical_lines(self) -> list[Line]:
-        text, lines, depth, deepest, begin = self.text, list[Line](), 0, (0, 0), 0
+        text, lines, depth, deepest, begin = self.text, list[Line](), 0, 0, 0
         for match in _TOKEN.finditer(text):
             first = text[match.start()]
             if first in "([{":
                 depth += 1
-                if depth > deepest[0]:
-                    deepest = (depth, match.start())
+                deepest = max(depth, deepest)
             elif first in ")]}":
                 depth = max(depth - 1, 0)
             elif first in "\r\n" and depth == 0:
-                self._add(lines, begin, match.start())
-                begin = match.end()
-        self._add(lines, begin, len(text))
-        self.deepest = deepest
+                self._add(lines, begin, match.start(), deepest)
+                begin, deepest = match.end(), 0
+        self._add(lines, begin, len(text), deepest)
         return lines
 
-    def _add(self, lines: list[Line], begin: int, end: int) -> None:
+    def _add(self, lines: list[Line], begin: int, end: int, depth: int) -> None:
         segment = self.text[begin:end]
         stripped = segment.lstrip(" \t\f\ufeff")
         if not stripped.strip() or stripped[0] == "#":
             return
-        indent = len(segment[: len(segment) - len(stripped)].rpartition("\f")[2].expandtabs())
         word = _WORD.match(stripped)
-        operators = len(_OPERATORS.findall(segment)) if len(segment) > _LONG_LINE else 0
         lines.append(
             Line(
-                self.line_of(begin), self.line_of(max(begin, end - 1)), indent, word.group() if word else "", operators
+                first=self.line_of(begin),
+                last=self.line_of(max(begin, end - 1)),
+                indent=len(segment[: len(segment) - len(stripped)].rpartition("\f")[2].expandtabs()),
+                word=word.group() if word else "",
+                operators=len(_OPERATORS.findall(segment)) if len(segment) > _LONG_LINE else 0,
+                depth=depth,
             )
         )
+
+    def comments(self) -> Iterator[tuple[int, str]]:
+        """Offset and text of every comment."""
+        for match in _TOKEN.finditer(self.text):
+            if match.group().startswith("#"):
+                yield match.start(), match.group()
+
+    def in_string(self, offset: int) -> bool:
+        """Whether a string literal goes on at `offset`."""
+        quotes = (match.span() for match in _TOKEN.finditer(self.text) if match.group()[0] in "\"'")
+        return any(start < offset < end for start, end in quotes)
 
     def units(self) -> list[Unit]:
         """The functions, methods and other statements, in order and without overlap."""
@@ -152,12 +165,14 @@ class Structure:
         return Excerpt(text, origin, chosen)
 
 
-def risky(lines: Sequence[Line], deepest: int) -> bool:
+def risky(lines: Iterable[Line]) -> bool:
     """Whether libcst may need a lot of stack, time or memory for these lines."""
-    if deepest > SAFE_DEPTH or any(line.operators > SAFE_OPERATORS for line in lines):
-        return True
-    branches = sum(line.word in {"elif", "else"} for line in lines)
-    return branches > SAFE_BRANCHES or any(line.indent > 8 * SAFE_DEPTH for line in lines)
+    branches = 0
+    for line in lines:
+        branches += line.word in {"elif", "else"}
+        if line.depth > SAFE_DEPTH or line.operators > SAFE_OPERATORS or line.indent > SAFE_INDENT:
+            return True
+    return branches > SAFE_BRANCHES
 
 
 def identifiers(text: str) -> set[str]:

@@ -1,0 +1,58 @@
+"""Applies fixes to a text. libcst says where and what; everything between the edits keeps its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from quantcheck_lint.finding import CannotRead, Edit, Finding
+from quantcheck_lint.structure import Structure
+
+
+def fixed(text: str, findings: Sequence[Finding], newline: str) -> tuple[str, list[Finding]]:
+    """`text` with the fixes of `findings`, and those that were applied. Fixes that overlap wait for the next round."""
+    chosen = _without_overlap(findings)
+    names = sorted({name for _, imports in map(_parts, chosen) for name in imports})
+    edits = [edit for one, _ in map(_parts, chosen) for edit in one]
+    if names:
+        from quantcheck_lint.imports import NameTaken, import_edits
+
+        try:
+            edits += import_edits(text, names, newline, before=min(edit.line for edit in edits))
+        except NameTaken:
+            # Another thing of that name lives in this module: what needs the import stays as it is.
+            return fixed(text, [finding for finding in chosen if not _parts(finding)[1]], newline)
+    return (apply(text, edits), chosen) if edits else (text, [])
+
+
+def _parts(finding: Finding) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
+    return (finding.fix.edits, finding.fix.imports) if finding.fix else ((), ())
+
+
+def _without_overlap(findings: Sequence[Finding]) -> list[Finding]:
+    chosen: list[Finding] = []
+    taken: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    for finding in findings:
+        spans = [((edit.line, edit.column), (edit.end_line, edit.end_column)) for edit in _parts(finding)[0]]
+        if spans and not any(start < end and begin < stop for begin, end in taken for start, stop in spans):
+            chosen.append(finding)
+            taken.extend(spans)
+    return chosen
+
+
+def apply(text: str, edits: Iterable[Edit]) -> str:
+    """`text` with every edit made; edits don't overlap."""
+    starts = Structure(text).starts
+    for edit in sorted(edits, reverse=True):
+        begin, end = starts[edit.line - 1] + edit.column, starts[edit.end_line - 1] + edit.end_column
+        text = text[:begin] + edit.text + text[end:]
+    return text
+
+
+def require_parsable(text: str) -> None:
+    """`CannotRead` unless libcst parses `text`: a fix that breaks a file is not written."""
+    import libcst as cst
+
+    try:
+        cst.parse_module(text)
+    except cst.ParserSyntaxError as error:
+        raise CannotRead("does not parse after the fix, left as it is", "fix", error.raw_line) from None

@@ -1,0 +1,74 @@
+"""Fixes files: check, apply, check again, until nothing is left to fix; then the new bytes, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from quantcheck_lint import document, runner, suppressions
+from quantcheck_lint.discovery import Found
+from quantcheck_lint.finding import CannotRead, Finding
+from quantcheck_lint.fixes import fixed, require_parsable
+from quantcheck_lint.selection import wanted
+from quantcheck_lint.structure import Structure, risky
+
+ROUNDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """A file before and after, how many findings were fixed, and what remains."""
+
+    before: bytes
+    after: bytes
+    fixed: int
+    outcome: runner.Outcome
+
+
+def repair(file: Found, data: bytes, unsafe: bool) -> Repaired:
+    """`data` with every fix that may be applied."""
+    current, count = data, 0
+    for _ in range(ROUNDS):
+        seen = _look(file, current)
+        chosen = [finding for finding in seen.findings if finding.fix is not None and (finding.fix.safe or unsafe)]
+        if seen.document is None or not chosen:
+            break
+        try:
+            after, applied = _applied(seen.document, chosen)
+        except CannotRead as error:
+            seen = replace(seen, unreadable=(*seen.unreadable, error))
+            return Repaired(data, current, count, runner.outcome(file, seen))
+        if not applied:
+            break
+        current, count = after, count + applied
+    return Repaired(data, current, count, runner.check_data(file, current))
+
+
+def _look(file: Found, data: bytes) -> runner.Round:
+    rules = file.settings.rules_for(file.path)
+    chosen = wanted(data, rules)
+    if not chosen and not any(marker in data for marker in suppressions.MARKERS):
+        return runner.Round()
+    return runner.look(file, data, rules, chosen)
+
+
+def _applied(found: document.Document, findings: Sequence[Finding]) -> tuple[bytes, int]:
+    source = found.source
+    if risky(Structure(source.text).lines):
+        raise CannotRead("nested too deeply to be edited", "fix")
+    text, applied = fixed(source.text, findings, source.newline)
+    if any(finding.code != suppressions.UNUSED for finding in applied):
+        require_parsable(text)
+    try:
+        return found.rebuilt(text), len(applied)
+    except UnicodeEncodeError:
+        raise CannotRead(f"cannot be written as {source.encoding}", "fix") from None
+
+
+def annotate(file: Found, data: bytes, reason: str) -> tuple[bytes, int]:
+    """`data` with a `# noqa` for every finding, and how many there were."""
+    seen = _look(file, data)
+    findings = [finding for finding in seen.findings if finding.code != suppressions.UNUSED]
+    if seen.document is None or not findings:
+        return data, 0
+    return seen.document.rebuilt(suppressions.with_noqa(seen.document.source.text, findings, reason)), len(findings)
