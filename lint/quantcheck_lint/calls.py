@@ -124,6 +124,8 @@ def arithmetic(node: cst.BinaryOperation, left: Value | None, right: Value | Non
         case cst.Subtract():
             return _plus(left, right) if isinstance(left, Number) or isinstance(right, Number) else left
         case cst.Multiply():
+            if (isinstance(left, Number) and left.settled) or (isinstance(right, Number) and right.settled):
+                return None
             if isinstance(left, Number):
                 return _times(left, node.right, right)
             return _times(right, node.left, left) if isinstance(right, Number) else None
@@ -139,7 +141,7 @@ def _plus(left: Value | None, right: Value | None) -> Value | None:
 
 def _times(count: Number, factor: cst.BaseExpression, value: Value | None) -> Number | None:
     if isinstance(value, (ElementSize, Number)):
-        _discard(count)
+        discard(count)
         return None
     if requires_grad(factor) is True:
         return replace(count, trainable=True)
@@ -152,7 +154,8 @@ def _times(count: Number, factor: cst.BaseExpression, value: Value | None) -> Nu
     return count if _is_unit(factor) else None
 
 
-def _discard(count: Number) -> None:
+def discard(count: Number) -> None:
+    """Note that what was added up to `count` is no number of parameters."""
     for use in count.uses:
         use.discarded = True
 
@@ -209,7 +212,7 @@ def _other(flow: Flow, node: cst.Call, scope: Scope) -> Value | None:
 def _allocated(given: Sequence[Value | None]) -> Value | None:
     for value in given:
         if isinstance(value, Number):
-            _discard(value)
+            discard(value)
     # `torch.DoubleTensor([p.numel()])` is a number in a tensor.
     held = element(given[0]) if given else None
     return held if isinstance(held, Number) else None
@@ -455,6 +458,12 @@ def _next(flow: Flow, node: cst.Call, scope: Scope) -> Handled:
     return True, element(given[0]) if given else None
 
 
+def _extreme(flow: Flow, node: cst.Call, scope: Scope) -> Handled:
+    given = [flow.value(arg.value, scope) for arg in node.args]
+    totals = [value for value in given if isinstance(value, Number)]
+    return True, either(*totals) if totals else element(given[0]) if given else None
+
+
 def _collect(flow: Flow, node: cst.Call, scope: Scope) -> Handled:
     """`.append(x)`, `.add(x)`: the container holds what it is given."""
     given = arguments(node)
@@ -500,8 +509,8 @@ _CALLS: dict[str, Callable[[Flow, cst.Call, Scope], Handled]] = {
     "map": _map,
     "reduce": _reduce,
     "next": _next,
-    "max": _next,
-    "min": _next,
+    "max": _extreme,
+    "min": _extreme,
     "dict": _mapping,
     "OrderedDict": _mapping,
     "append": _collect,

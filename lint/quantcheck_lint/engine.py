@@ -10,7 +10,7 @@ from quantcheck_lint import suppressions
 from quantcheck_lint.finding import CannotRead, Edit, Finding, Fix
 from quantcheck_lint.isolation import check_apart
 from quantcheck_lint.rules.rule import Detection, Rule
-from quantcheck_lint.selection import select
+from quantcheck_lint.selection import promising, select
 from quantcheck_lint.source import Source
 from quantcheck_lint.structure import DEEPEST, Excerpt, Structure, risky
 
@@ -33,7 +33,7 @@ class Checked:
 
 def lint(source: Source, rules: Sequence[Rule], wanted: Sequence[Rule], timeout: float) -> Checked:
     """Findings of the rules that are `wanted` here, less what comments hide, and the comments that hide nothing."""
-    structure = Structure(source.text)
+    structure = Structure(source.text)  # computes nothing yet
     checked = check(source, wanted, timeout, structure=structure) if wanted else Checked()
     comments = suppressions.find(structure) if suppressions.may_occur(source.text) else []
     findings = suppressions.apply(checked.findings, comments)
@@ -59,6 +59,9 @@ def check(
     structure: Structure | None = None,
 ) -> Checked:
     """Everything that `rules` object to in `source`; `apart` in the child process, where the parser may die."""
+    rules = promising(source.text, rules)
+    if not rules:
+        return Checked()
     structure = structure or Structure(source.text)
     excerpt = select(structure, rules)
     if excerpt is None:

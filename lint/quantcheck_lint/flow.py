@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import libcst as cst
@@ -40,7 +40,22 @@ from quantcheck_lint.values import (
 
 # Code that names one of these knows about packed or partitioned weights: it is left alone.
 GUARDS = ("Params4bit", "quant_state", "QuantState", "ds_numel", "ds_tensor", "count_params", "logical_numel")
-OFFSETS = frozenset({"offset", "idx", "index", "pointer", "ptr", "start", "end", "pos", "position", "cursor", "begin"})
+POSITIONS = ("offset", "offsets", "idx", "index", "pointer", "ptr", "start", "end", "pos", "position", "cursor")
+    "offset",
+    "offsets",
+    "idx",
+    "index",
+    "pointer",
+    "ptr",
+    "start",
+    "end",
+    "pos",
+    "position",
+    "cursor",
+    "begin",
+)
+BUFFERS = ("buffer", "buf", "bucket", "flat", "chunk", "padded", "padding", "alignment")
+OFFSETS = frozenset((*POSITIONS, *BUFFERS))
 PARAMETER_LIKE = re.compile(r"(?:\w+_)?(?:params|parameters|param_list|state_dict|weights)|sd")
 LAST_RUN = 3
 
@@ -100,6 +115,8 @@ class Flow:
         self._guards: list[bool] = []
         self._loops: list[cst.For | cst.While] = []
         self._trainable = 0
+        # What was added to a name, or to the entries of a mapping, in the function that is being run.
+        self._totals: dict[str, list[Use]] = {}
         self._guarded_nodes: dict[int, bool] = {}
         for _ in range(LAST_RUN):
             self.places.clear()
@@ -169,7 +186,18 @@ class Flow:
         if isinstance(value, Number) and _adds_to(target, expression):
             self._add_up(value, expression, target)
             value = None
+        if isinstance(value, Number) and value.uses:
+            value = self._settled(value, target)
         self._bind(target, value, scope)
+
+    def _settled(self, total: Number, target: cst.BaseExpression) -> Number:
+        """A sum that gets a name, which may say that it is the size of a buffer, or a number of bytes."""
+        if not total.settled:
+            if self._is_offset(target):
+                calls.discard(total)
+            elif _is_bytes(target):
+                calls.in_memory(total)
+        return replace(total, settled=True)
 
     def _annotated(self, node: cst.AnnAssign, scope: Scope) -> None:
         if node.value is not None:
@@ -187,6 +215,7 @@ class Flow:
         if isinstance(node.operator, (cst.AddAssign, cst.SubtractAssign)):
             if isinstance(value, Number):
                 self._add_up(value, node.value, node.target)
+                self._take_back(node)
             elif isinstance(before, Number) and before.uses:
                 self._correct(before, node.value, scope)
             elif before is None and isinstance(value, Each) and name:
@@ -195,6 +224,12 @@ class Flow:
                 self._bind(node.target, value, scope)
         elif not isinstance(before, Number):
             self.value(node.target, scope)
+
+    def _take_back(self, node: cst.AugAssign) -> None:
+        """`sizes[dtype] -= p.numel()`: entries that are counted down again are positions in buffers."""
+        if isinstance(node.operator, cst.SubtractAssign) and isinstance(node.target, cst.Subscript):
+            for use in self._totals.get(dotted(node.target.value) or "", ()):
+                use.discarded = True
 
     def _correct(self, total: Number, expression: cst.BaseExpression, scope: Scope) -> None:
         """`total -= self.wpe.weight.numel()` after a naive sum: the same mistake about one weight."""
@@ -206,7 +241,7 @@ class Flow:
             place.uses[id(expression)] = Use(trainable=all(use.trainable for use in total.uses))
 
     def _for(self, node: cst.For, scope: Scope) -> None:
-        of = element(self.value(node.iter, scope))
+        of = _at(node, element(self.value(node.iter, scope)))
         self._bind(node.target, of, scope)
         self._loops.append(node)
         with self._guarding(node, of):
@@ -283,12 +318,13 @@ class Flow:
         for parameter in _parameters(node.params):
             name = parameter.name.value
             local.names[name] = function.received.get(name) or _lookalike(name)
-        outer = self._returned, self._guards, self._loops, self._trainable, len(self._deferred)
+        outer = self._returned, self._guards, self._loops, self._trainable, self._totals, len(self._deferred)
         known = any(has_tensor(value) and not isinstance(value, Store) for value in function.received.values())
-        self._returned, self._guards, self._loops, self._trainable = [], [known and self._is_guarded(node)], [], 0
+        self._returned, self._loops, self._trainable, self._totals = [], [], 0, {}
+        self._guards = [known and self._is_guarded(node)]
         self._body(node.body.body, local)
         function.returns = either(*self._returned)
-        self._returned, self._guards, self._loops, self._trainable, start = outer
+        self._returned, self._guards, self._loops, self._trainable, self._totals, start = outer
         self._drain(start)
         if scope.attributes is not None and function.returns is not None:
             is_property = any("property" in set(words(d.decorator)) for d in node.decorators)
@@ -412,7 +448,7 @@ class Flow:
         local, filters, guards = Scope(scope), 0, 0
         inner: cst.CompFor | None = clause
         while inner is not None:
-            of = element(self.value(inner.iter, local))
+            of = _at(node, element(self.value(inner.iter, local)), inner.target)
             self._bind(inner.target, of, local)
             if has_tensor(of):
                 self._guards.append(self._is_guarded(node))
@@ -466,7 +502,7 @@ class Flow:
         value = self.value(read.subject, scope)
         if isinstance(value, Items) and value.named:
             place = self._place(node, read.subject, Tensor(Origin.PARAMETERS))
-            place.named = True
+            place.packed = value
             return Number((place,))
         of = tensor(value)
         if of is None:
@@ -527,12 +563,16 @@ class Flow:
         return Number(uses=(*found.uses, *uses), memory=found.memory)
 
     def _add_up(self, number: Number, node: cst.CSTNode, target: cst.BaseExpression) -> None:
-        if not self._is_offset(target):
-            self.add_up(number, node)
+        if self._is_offset(target):
+            return
+        total = calls.in_memory(self.add_up(number, node)) if _is_bytes(target) else self.add_up(number, node)
+        name = dotted(target.value if isinstance(target, cst.Subscript) else target)
+        if name is not None:
+            self._totals.setdefault(name, []).extend(total.uses)
 
     def _is_offset(self, target: cst.BaseExpression) -> bool:
         """Whether what is added to is a position in a flat buffer: by its name, or because it cuts slices."""
-        name = dotted(target)
+        name = dotted(target.value if isinstance(target, cst.Subscript) else target)
         if name is None:
             return False
         if OFFSETS & set(name.rpartition(".")[2].lower().split("_")):
@@ -636,6 +676,19 @@ def _counts(value: Value | None) -> bool:
         case Items(items):
             return any(_counts(item) for item in items)
     return False
+
+
+def _at(loop: cst.CSTNode, of: Value | None, target: cst.CSTNode | None = None) -> Value | None:
+    """What a loop gives; a tuple of `named_parameters()` remembers the variable that holds it."""
+    name = loop.target if isinstance(loop, cst.For) else target
+    if isinstance(of, Items) and of.named and isinstance(name, cst.Name):
+        return replace(of, target=name, loop=loop)
+    return of
+
+
+def _is_bytes(target: cst.BaseExpression) -> bool:
+    name = dotted(target)
+    return name is not None and calls.BYTES_NAME.search(name.rpartition(".")[2]) is not None
 
 
 def _adds_to(target: cst.BaseExpression, expression: cst.BaseExpression) -> bool:

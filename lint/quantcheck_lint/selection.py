@@ -10,7 +10,6 @@ from quantcheck_lint.structure import Excerpt, Structure, Unit, identifiers
 
 # Names that a unit makes known to others: functions, attributes, and what is assigned at the top of the module.
 _DEFINES = re.compile(r"\bdef\s+(\w+)|\b(?:self|cls)\.(\w+)\s*[:+]?=|^(\w+)(?:\s*:[^=\n]+)?\s*\+?=", re.MULTILINE)
-_FUNCTION = re.compile(r"\bdef\s+(\w+)")
 
 
 def wanted(data: bytes, rules: Sequence[Rule]) -> list[Rule]:
@@ -31,40 +30,70 @@ def wanted(data: bytes, rules: Sequence[Rule]) -> list[Rule]:
 
 def select(structure: Structure, rules: Sequence[Rule]) -> Excerpt | None:
     """What libcst has to see for `rules`, or `None` when a look at the text is enough to say that there is nothing."""
-    units = structure.units()
     chosen: dict[int, Unit] = {}
-    for hits, sources in {(rule.hits, rule.sources): None for rule in rules}:
-        if hits is not None:
-            for unit in _needed(structure, units, hits, sources):
-                chosen[unit.first] = unit
+    for hits, sources in _filters(rules):
+        for unit in _needed(structure, hits, sources):
+            chosen[unit.first] = unit
     return structure.excerpt(chosen[first] for first in sorted(chosen)) if chosen else None
 
 
-def _needed(
-    structure: Structure, units: Sequence[Unit], hits: re.Pattern[str], sources: re.Pattern[str] | None
-) -> list[Unit]:
-    hit_lines = {structure.line_of(match.start()) for match in hits.finditer(structure.text)}
-    if not hit_lines:
-        return []
-    hit = [unit for unit in units if any(line in hit_lines for line in range(unit.first, unit.last + 1))]
-    if sources is None:
+def promising(text: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules whose filters match somewhere in a text: cheaper than to find out where."""
+    matching = {
+        (hits, sources)
+        for hits, sources in _filters(rules)
+        if hits.search(text) and (sources is None or sources.search(text))
+    }
+    return [rule for rule in rules if (rule.hits, rule.sources) in matching]
+
+
+def _filters(rules: Sequence[Rule]) -> dict[tuple[re.Pattern[str], re.Pattern[str] | None], None]:
+    return {(rule.hits, rule.sources): None for rule in rules if rule.hits is not None}
+
+
+def _needed(structure: Structure, hits: re.Pattern[str], sources: re.Pattern[str] | None) -> list[Unit]:
+    hit = structure.units_of(match.start() for match in hits.finditer(structure.text))
+    if not hit or sources is None:
         return hit
-    texts = {unit.first: structure.slice(unit.first, unit.last) for unit in units}
-    feeding = [unit for unit in units if sources.search(texts[unit.first])]
-    return _linked(hit, feeding, texts) if feeding else []
+    feeding = structure.units_of(match.start() for match in sources.finditer(structure.text))
+    return _linked(hit, feeding, _Names(structure))
 
 
-def _linked(hit: Sequence[Unit], feeding: Sequence[Unit], texts: dict[int, str]) -> list[Unit]:
-    """Hits that are fed, and what feeds them: in the same unit, through a name that it defines, or as their caller."""
-    kept: dict[int, Unit] = {}
+class _Names:
+    """The names in units, each looked up once."""
+
+    def __init__(self, structure: Structure) -> None:
+        self._structure = structure
+        self._used: dict[int, set[str]] = {}
+        self._defined: dict[int, set[str]] = {}
+
+    def used(self, unit: Unit) -> set[str]:
+        if unit.first not in self._used:
+            self._used[unit.first] = identifiers(self._structure.slice(unit.first, unit.last))
+        return self._used[unit.first]
+
+    def defined(self, unit: Unit) -> set[str]:
+        if unit.first not in self._defined:
+            text = self._structure.slice(unit.first, unit.last)
+            self._defined[unit.first] = {name for match in _DEFINES.findall(text) for name in match if name}
+        return self._defined[unit.first]
+
+
+def _linked(hit: Sequence[Unit], feeding: Sequence[Unit], names: _Names) -> list[Unit]:
+    """Hits that are fed, and what feeds them: in the same unit, or through a name that one defines and another uses."""
     fed = {unit.first for unit in feeding}
+    kept = {unit.first: unit for unit in hit if unit.first in fed}
     for unit in hit:
-        if unit.first in fed:
-            kept[unit.first] = unit
-        used, functions = identifiers(texts[unit.first]), set(_FUNCTION.findall(texts[unit.first]))
         for source in feeding:
-            text = texts[source.first]
-            defined = {name for match in _DEFINES.findall(text) for name in match if name}
-            if source.first != unit.first and (defined & used or functions & identifiers(text)):
+            if source.first == unit.first:
+                continue
+            if names.defined(source) & names.used(unit) or names.defined(unit) & names.used(source):
                 kept[unit.first], kept[source.first] = unit, source
+    pending = list(kept.values())
+    while pending:
+        unit = pending.pop()
+        for source in feeding:
+            if source.first not in kept and names.defined(source) & names.used(unit):
+                kept[source.first] = source
+                pending.append(source)
     return list(kept.values())

@@ -141,3 +141,19 @@ def requires_grad(node: cst.CSTNode) -> bool | None:
         case cst.Call() if called(node) == "getattr":
             return True if any(word.strip("'\"") == "requires_grad" for word in words(node)) else None
     return None
+
+
+def scopes(module: cst.Module) -> Iterator[list[cst.CSTNode]]:
+    """The nodes of the module and of every function, each without the functions inside."""
+    pending: list[cst.CSTNode] = [module]
+    while pending:
+        inside: list[cst.CSTNode] = []
+        stack = list(children(pending.pop()))
+        while stack:
+            node = stack.pop()
+            inside.append(node)
+            if isinstance(node, cst.FunctionDef):
+                pending.append(node)
+            else:
+                stack.extend(children(node))
+        yield inside

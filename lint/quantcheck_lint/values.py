@@ -32,6 +32,9 @@ class Items:
 
     items: tuple[Value | None, ...]
     named: bool = False
+    # The loop variable that holds the tuple, and the loop: what a fix unpacks.
+    target: cst.Name | None = None
+    loop: cst.CSTNode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class Place:
     subject: cst.BaseExpression | None
     origin: Origin
     guarded: bool
-    named: bool = False
+    # Set where the "tensor" is a tuple of `named_parameters()`.
+    packed: Items | None = None
     uses: dict[int, Use] = field(default_factory=dict)
     # The model of `sum(p.numel() for p in model.parameters())`: what `count_params` would be called on.
     model: cst.BaseExpression | None = None
@@ -87,6 +91,8 @@ class Number:
     uses: tuple[Use, ...] = ()
     trainable: bool = False
     memory: bool = False
+    # A sum that got a name: what is done with the name later says nothing about the sum.
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +158,8 @@ def trained(value: Value | None) -> Value | None:
     match value:
         case Tensor() | Number():
             return replace(value, trainable=True)
-        case Items(items, named):
-            return Items(tuple(trained(item) for item in items), named)
+        case Items(items):
+            return replace(value, items=tuple(trained(item) for item in items))
         case Each(of):
             return Each(trained(of) or of)
         case Lookup(of):

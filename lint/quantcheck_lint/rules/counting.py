@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 PARAMETER_NEEDLES: Needles = (COUNTS, (b"parameters(", b"parameters (", b"_parameters"))
 PARAMETER_SOURCES = re.compile(r"parameters\s*\(|\b_parameters\b")
+STATE_DICT_NEEDLES: Needles = (COUNTS, (b"state_dict", b"load_file", b"safe_open", b"torch.load"))
+STATE_DICT_SOURCES = re.compile(r"\bstate_dict\s*\(|\bload_file\b|\bsafe_open\b|\btorch\.load\b")
+STORED_NEEDLES: Needles = (COUNTS, (*PARAMETER_NEEDLES[1], *STATE_DICT_NEEDLES[1]))
+STORED_SOURCES = re.compile(f"{PARAMETER_SOURCES.pattern}|{STATE_DICT_SOURCES.pattern}")
 REFERENCES = (
     "https://github.com/huggingface/transformers/issues/25978",
     "https://github.com/huggingface/peft/issues/1020",
@@ -23,12 +27,10 @@ REFERENCES = (
 )
 
 
-def counted(analysis: Analysis) -> Iterator[tuple[Place, list[Use]]]:
-    """The unguarded places over `.parameters()` that are added up, with the uses that count parameters."""
-    from quantcheck_lint.values import Origin
-
+def counted(analysis: Analysis, *origins: str) -> Iterator[tuple[Place, list[Use]]]:
+    """The unguarded places over tensors of some origin that are added up, with what they are added up to."""
     for place in analysis.flow.places.values():
-        if place.origin is not Origin.PARAMETERS or place.guarded or place.named:
+        if place.origin.name not in origins or place.guarded or place.packed:
             continue
         uses = [use for use in place.uses.values() if not use.discarded]
         if uses:

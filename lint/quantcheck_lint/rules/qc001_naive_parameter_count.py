@@ -98,7 +98,7 @@ def total_params(model):
     sources = counting.PARAMETER_SOURCES
 
     def check(self, analysis: Analysis) -> Iterator[Detection]:
-        for place, uses in counting.counted(analysis):
+        for place, uses in counting.counted(analysis, "PARAMETERS"):
             if any(not use.trainable for use in counting.counts(uses)):
                 what = "counts stored elements: a packed 4-bit weight has half as many as parameters, or fewer"
                 yield counting.naive(place, analysis, what, trainable=False)

@@ -80,7 +80,7 @@ for p in self.model.parameters():
     sources = counting.PARAMETER_SOURCES
 
     def check(self, analysis: Analysis) -> Iterator[Detection]:
-        for place, uses in counting.counted(analysis):
+        for place, uses in counting.counted(analysis, "PARAMETERS"):
             count = counting.counts(uses)
             if count and all(use.trainable for use in count):
                 what = (

@@ -21,7 +21,9 @@ Needles = tuple[tuple[bytes, ...], ...]
 COUNTS: tuple[bytes, ...] = (b"numel", b"nelement", b"prod(", b"reduce(")
 READS = re.compile(
     # A size that is only compared (`p.numel() == 0`) is no count; most are, so it pays to drop them here.
-    r"\b(?:numel|nelement)\b(?!\s*\(\s*\)\s*(?:[=!<>]=|[<>%]))|\b(?:prod|reduce)\s*\("
+    r"\b(?:numel|nelement)\b(?!\s*\(\s*\)\s*(?:[=!<>]=|[<>%]))"
+    # A product of a shape, whatever is wrapped around the shape.
+    r"|\b(?:prod|reduce)\s*\([\s\w.,:*()\[\]]{0,80}?\.(?:shape|size)\b"
 )
 
 
