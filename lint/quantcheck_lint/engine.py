@@ -35,7 +35,7 @@ def lint(source: Source, rules: Sequence[Rule], wanted: Sequence[Rule], timeout:
     """Findings of the rules that are `wanted` here, less what comments hide, and the comments that hide nothing."""
     structure = Structure(source.text)  # computes nothing yet
     checked = check(source, wanted, timeout, structure=structure) if wanted else Checked()
-    comments = suppressions.find(structure) if suppressions.may_occur(source.text) else []
+    comments = suppressions.find(structure) if suppressions.may_matter(source.text, checked.findings) else []
     findings = suppressions.apply(checked.findings, comments)
     unused = next((rule for rule in rules if rule.code == suppressions.UNUSED), None)
     if unused is not None and not checked.unreadable:

@@ -1,8 +1,8 @@
 """Follows tensors through a module, from `.parameters()` to the place where their sizes are added up.
 
 An abstract interpreter over libcst trees: every expression has a value of `values.py`, most of them unknown. A module
-is run three times: functions learn what they are called with, callers learn what functions give back, and the last run
-collects the places. Loops run once and the branches of an `if` are joined: a name holds what it may hold.
+is run up to three times, until nothing new is known: functions learn what they are called with, callers what functions
+give back, and the last run collects the places. Loops run once, and after an `if` a name holds what either branch gave.
 Left out: aliases across files, `exec`, and values that travel through containers other than lists, dicts and tuples.
 """
 
@@ -41,23 +41,10 @@ from quantcheck_lint.values import (
 # Code that names one of these knows about packed or partitioned weights: it is left alone.
 GUARDS = ("Params4bit", "quant_state", "QuantState", "ds_numel", "ds_tensor", "count_params", "logical_numel")
 POSITIONS = ("offset", "offsets", "idx", "index", "pointer", "ptr", "start", "end", "pos", "position", "cursor")
-    "offset",
-    "offsets",
-    "idx",
-    "index",
-    "pointer",
-    "ptr",
-    "start",
-    "end",
-    "pos",
-    "position",
-    "cursor",
-    "begin",
-)
 BUFFERS = ("buffer", "buf", "bucket", "flat", "chunk", "padded", "padding", "alignment")
 OFFSETS = frozenset((*POSITIONS, *BUFFERS))
 PARAMETER_LIKE = re.compile(r"(?:\w+_)?(?:params|parameters|param_list|state_dict|weights)|sd")
-LAST_RUN = 3
+MOST_RUNS = 3
 
 
 @dataclass(slots=True)
@@ -118,9 +105,22 @@ class Flow:
         # What was added to a name, or to the entries of a mapping, in the function that is being run.
         self._totals: dict[str, list[Use]] = {}
         self._guarded_nodes: dict[int, bool] = {}
-        for _ in range(LAST_RUN):
+        for _ in range(MOST_RUNS):
+            known = self._known()
             self.places.clear()
             self._run(module)
+            if self._known() == known:
+                break
+
+    def _known(self) -> list[object]:
+        """What one run tells the next; when it stays the same there is no need for another one."""
+        functions = [(id(one.node), _shape(one.returns), len(one.received)) for one in self._functions.values()]
+        attributes = [(node, name) for node, kept in self._attributes.items() for name in kept]
+        return [
+            {one for one in functions if one[1] or one[2]},
+            set(attributes),
+            {name for name, value in self._globals.names.items() if _shape(value)},
+        ]
 
     def _run(self, module: cst.Module) -> None:
         self._body(module.body, self._globals)
@@ -665,6 +665,11 @@ def _item(items: tuple[Value | None, ...], index: cst.BaseExpression) -> Value |
 def _spread(value: Value | None) -> Value | None:
     """What each name gets when something other than a tuple is unpacked."""
     return element(value) if isinstance(value, Each) else None
+
+
+def _shape(value: Value | None) -> str:
+    """What kind of value it is, for comparison between runs; functions are known from the start."""
+    return "" if value is None or isinstance(value, (Function, Store)) else type(value).__name__
 
 
 def _counts(value: Value | None) -> bool:

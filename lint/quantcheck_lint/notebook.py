@@ -20,7 +20,7 @@ _SEPARATOR = "# quantcheck-lint cell {}\n"
 _IS_SEPARATOR = re.compile(r"^# quantcheck-lint cell (\d+)\n", re.MULTILINE)
 _HIDDEN = "# quantcheck-lint hidden {}"
 _IS_HIDDEN = re.compile(r"# quantcheck-lint hidden (\d+)$")
-_MAGIC = re.compile(r"\s*(?:[%!?]|[\w.,\s]+=\s*(?:!|%\w))|.*\?$")
+_MAGIC = re.compile(r"\s*(?:%{1,2}[A-Za-z]|[!?]|[\w.,\s]+=\s*(?:!|%[A-Za-z]))|[^#\"']*\?$")
 # Cell magics that run the rest of the cell as Python.
 _PYTHON_CELLS = ("%%time", "%%timeit", "%%capture", "%%prun", "%%python3", "%%python")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -67,14 +67,14 @@ class Notebook:
         return out.encode()
 
     def _restored(self, text: str, cell: Cell) -> list[str]:
-        lines = [self._shown(line) for line in text.splitlines(keepends=True)]
+        lines = [self._shown(line) + "\n" for line in _lines(text)]
         if lines and not (cell.lines and cell.lines[-1].endswith("\n")):
             lines[-1] = lines[-1].removesuffix("\n")
         return [line for line in lines if line]
 
     def _shown(self, line: str) -> str:
-        match = _IS_HIDDEN.search(line.rstrip("\n"))
-        return self.hidden[int(match.group(1))] + "\n" if match else line
+        match = _IS_HIDDEN.search(line)
+        return self.hidden[int(match.group(1))] if match else line
 
 
 def read(path: str, data: bytes, limit: int) -> Notebook:
@@ -103,9 +103,11 @@ def _program(cells: Sequence[Cell]) -> tuple[str, list[tuple[int, int]], list[st
     for cell in cells:
         out.append(_SEPARATOR.format(cell.number))
         places.append((cell.number, 1))
-        shell = _is_foreign(cell.lines)
-        for i, line in enumerate("".join(cell.lines).splitlines(), 1):
-            if shell or _MAGIC.match(line) or _IS_SEPARATOR.match(line + "\n"):
+        shell, continued = _is_foreign(cell.lines), False
+        for i, line in enumerate(_lines("".join(cell.lines)), 1):
+            magic = _MAGIC.match(line) is not None and not continued
+            continued = line.endswith("\\") and not magic
+            if shell or magic or _IS_SEPARATOR.match(line + "\n"):
                 indent = line[: len(line) - len(line.lstrip())]
                 out.append(f"{indent}{'pass  ' if indent and not shell else ''}{_HIDDEN.format(len(hidden))}\n")
                 hidden.append(line)
@@ -113,6 +115,11 @@ def _program(cells: Sequence[Cell]) -> tuple[str, list[tuple[int, int]], list[st
                 out.append(line + "\n")
             places.append((cell.number, i))
     return "".join(out), places, hidden
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as Jupyter counts them: separators of Unicode are none."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _is_foreign(lines: Sequence[str]) -> bool:
@@ -145,7 +152,7 @@ def _cell(raw: str, at: int, number: int) -> Cell | None:
     begin, end = members["source"]
     source, _ = _value(raw, begin)
     if isinstance(source, str):
-        return Cell(number, begin, end, ((begin, end),), False, tuple(source.splitlines(keepends=True)))
+        return Cell(number, begin, end, ((begin, end),), False, tuple(re.findall(r"[^\n]*\n|[^\n]+$", source)))
     tokens = tuple((item, _value(raw, item)[1]) for item in _items(raw, begin))
     if not all(isinstance(line, str) for line in source):
         raise TypeError("source")

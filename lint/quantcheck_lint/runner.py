@@ -11,7 +11,7 @@ from quantcheck_lint.discovery import Found
 from quantcheck_lint.engine import UNREADABLE
 from quantcheck_lint.finding import CannotRead, Finding
 from quantcheck_lint.rules.rule import Rule
-from quantcheck_lint.selection import wanted
+from quantcheck_lint.selection import promising, wanted
 from quantcheck_lint.source import read
 
 # Below this many files a second process costs more than it saves.
@@ -101,7 +101,9 @@ def look(file: Found, data: bytes, rules: Sequence[Rule], chosen: Sequence[Rule]
         found = document.read(file.shown, data, file.settings.max_file_size)
         checked = engine.lint(found.source, rules, chosen, file.settings.timeout)
     except CannotRead as error:
-        return Round(unreadable=(error,) if chosen else ())
+        # What holds nothing to look at needs no reading, whatever is wrong with it.
+        matters = promising(data.decode("latin-1"), chosen)
+        return Round(unreadable=(error,) if matters else ())
     except (RecursionError, MemoryError) as error:
         return Round(unreadable=(CannotRead("too complex", type(error).__name__),))
     except Exception as error:

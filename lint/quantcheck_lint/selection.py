@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from quantcheck_lint.rules.rule import Rule
 from quantcheck_lint.structure import Excerpt, Structure, Unit, identifiers
 
-# Names that a unit makes known to others: functions, attributes, and what is assigned at the top of the module.
-_DEFINES = re.compile(r"\bdef\s+(\w+)|\b(?:self|cls)\.(\w+)\s*[:+]?=|^(\w+)(?:\s*:[^=\n]+)?\s*\+?=", re.MULTILINE)
+_FUNCTION = re.compile(r"def\s+(\w+)")
+_KEEPS = re.compile(r"(?:self|cls)\.(\w+)\s*[:+]?=|^(\w+)(?:\s*:[^=\n]+)?\s*\+?=", re.MULTILINE)
+_ITERATES = re.compile(r"^.*\b(?:for|in|map|filter|reduce|chain|sum)\b.*$", re.MULTILINE)
 
 
 def wanted(data: bytes, rules: Sequence[Rule]) -> list[Rule]:
@@ -56,44 +58,68 @@ def _needed(structure: Structure, hits: re.Pattern[str], sources: re.Pattern[str
     if not hit or sources is None:
         return hit
     feeding = structure.units_of(match.start() for match in sources.finditer(structure.text))
-    return _linked(hit, feeding, _Names(structure))
+    return _linked(hit, feeding, _Names(structure, [*hit, *feeding]))
 
 
 class _Names:
-    """The names in units, each looked up once."""
+    """The names through which units are connected, each looked up once."""
 
-    def __init__(self, structure: Structure) -> None:
-        self._structure = structure
-        self._used: dict[int, set[str]] = {}
-        self._defined: dict[int, set[str]] = {}
+    def __init__(self, structure: Structure, units: Iterable[Unit]) -> None:
+        self._texts = {unit.first: structure.slice(unit.first, unit.last) for unit in units}
+        self._looked_up: dict[tuple[int, str], set[str]] = {}
+        functions = Counter(name for text in self._texts.values() for name in _FUNCTION.findall(text))
+        # `forward` and `__init__` are everywhere and lead nowhere.
+        self._functions = {name for name, count in functions.items() if count == 1 and not name.startswith("__")}
+
+    def _look_up(self, unit: Unit, what: str, find: Callable[[str], set[str]]) -> set[str]:
+        key = (unit.first, what)
+        if key not in self._looked_up:
+            self._looked_up[key] = find(self._texts[unit.first])
+        return self._looked_up[key]
+
+    def functions(self, unit: Unit) -> set[str]:
+        """Functions that are defined here and nowhere else."""
+        return self._look_up(unit, "functions", lambda text: self._functions & set(_FUNCTION.findall(text)))
+
+    def kept(self, unit: Unit) -> set[str]:
+        """Attributes and names of the module that are assigned here."""
+        return self._look_up(
+            unit, "kept", lambda text: {name for match in _KEEPS.findall(text) for name in match if name}
+        )
+
+    def iterated(self, unit: Unit) -> set[str]:
+        """Everything named in a line that iterates."""
+        return self._look_up(unit, "iterated", lambda text: identifiers("\n".join(_ITERATES.findall(text))))
 
     def used(self, unit: Unit) -> set[str]:
-        if unit.first not in self._used:
-            self._used[unit.first] = identifiers(self._structure.slice(unit.first, unit.last))
-        return self._used[unit.first]
-
-    def defined(self, unit: Unit) -> set[str]:
-        if unit.first not in self._defined:
-            text = self._structure.slice(unit.first, unit.last)
-            self._defined[unit.first] = {name for match in _DEFINES.findall(text) for name in match if name}
-        return self._defined[unit.first]
+        """Everything named here."""
+        return self._look_up(unit, "used", identifiers)
 
 
 def _linked(hit: Sequence[Unit], feeding: Sequence[Unit], names: _Names) -> list[Unit]:
-    """Hits that are fed, and what feeds them: in the same unit, or through a name that one defines and another uses."""
+    """Hits that are fed, and what feeds them: in the same unit, by what they iterate over, or as their caller."""
     fed = {unit.first for unit in feeding}
     kept = {unit.first: unit for unit in hit if unit.first in fed}
     for unit in hit:
         for source in feeding:
-            if source.first == unit.first:
-                continue
-            if names.defined(source) & names.used(unit) or names.defined(unit) & names.used(source):
+            if source.first != unit.first and (
+                _feeds(source, unit, names) or names.functions(unit) & names.used(source)
+            ):
                 kept[unit.first], kept[source.first] = unit, source
     pending = list(kept.values())
     while pending:
         unit = pending.pop()
         for source in feeding:
-            if source.first not in kept and names.defined(source) & names.used(unit):
+            if source.first not in kept and _feeds(source, unit, names):
                 kept[source.first] = source
                 pending.append(source)
     return list(kept.values())
+
+
+def _feeds(source: Unit, unit: Unit, names: _Names) -> bool:
+    """Whether `unit` iterates over something that `source` makes. Top level code reads what it made line by line."""
+    if (names.functions(source) | names.kept(source)) & names.iterated(unit):
+        return True
+    if source.is_function or unit.is_function:
+        return False
+    return bool(names.kept(source) & names.used(unit) or names.kept(unit) & names.used(source))

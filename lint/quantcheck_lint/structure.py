@@ -22,8 +22,11 @@ _TOKEN = re.compile(
       | (?<=\r) \n )?""",
     re.DOTALL | re.VERBOSE,
 )
-_OPERATORS = re.compile(r"[-+*/%@&|^~<>=.]|\b(?:and|or|not|if|lambda|await|for|in|is)\b|[\"'][\w\s]|[(\[{]")
-_LONG_LINE = 1000
+# What can nest without brackets, beside what the tokens above find.
+_NESTS = re.compile(
+    rf"(?:{_TOKEN.pattern})|[-+*/%@&|^~.,:]|\b(?:and|or|not|if|lambda|await|for|in)\b", re.DOTALL | re.VERBOSE
+)
+_LONG_LINE = 400
 _CONTINUES = frozenset({"else", "elif", "except", "finally", "case"})
 _WORD = re.compile(r"@|\w+")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
@@ -32,21 +35,24 @@ _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 DEEPEST = 200
 # What libcst takes in its stride, far below what kills it. Beyond these the work is done in a child process.
 SAFE_DEPTH = 40
-SAFE_OPERATORS = 250
-SAFE_BRANCHES = 200
+SAFE_CHAIN = 150
+SAFE_BRANCHES = 60
 SAFE_INDENT = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One logical line: physical lines `first` to `last` (from 0), how far it is indented and its first word."""
+    """One logical line: physical lines `first` to `last` (from 0), how far it is indented and its first word.
+
+    `depth` is how deep its brackets go, `chain` how deep operators may nest in it as well.
+    """
 
     first: int
     last: int
     indent: int
     word: str
-    operators: int
     depth: int
+    chain: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,11 @@ class Unit:
     last: int
     headers: tuple[Line, ...]
     lines: tuple[Line, ...]
+
+    @property
+    def is_function(self) -> bool:
+        """Whether this is a function or method, with its decorators."""
+        return any(line.word in {"def", "async"} for line in self.lines if line.indent == self.lines[0].indent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +123,8 @@ class Structure:
                 last=self.line_of(max(begin, end - 1)),
                 indent=len(segment[: len(segment) - len(stripped)].rpartition("\f")[2].expandtabs()),
                 word=word.group() if word else "",
-                operators=len(_OPERATORS.findall(segment)) if len(segment) > _LONG_LINE else 0,
                 depth=depth,
+                chain=chain(segment) if len(segment) > _LONG_LINE else 0,
             )
         )
 
@@ -185,14 +196,44 @@ class Structure:
         return Excerpt(text, origin, chosen)
 
 
+def chain(text: str) -> int:
+    """An upper bound on how deep the expressions of a logical line nest.
+
+    Operators nest in each other until a comma starts anew, but for the commas of `lambda a, b:` and `for a, b in`.
+    """
+    counts, heads, total, most = [0], [0], 0, 0
+    for match in _NESTS.finditer(text):
+        token = match.group()
+        if token in "([{":
+            counts.append(0)
+            heads.append(0)
+        elif token in ")]}":
+            if len(counts) > 1:
+                total -= counts.pop()
+                heads.pop()
+        elif token == ",":
+            if not heads[-1]:
+                total, counts[-1] = total - counts[-1], 0
+        elif token in {":", "in"}:
+            heads[-1] = max(0, heads[-1] - 1)
+        elif token[0] not in "#\\\r\n":
+            heads[-1] += token in {"lambda", "for"}
+            counts[-1] += 1
+            total += 1
+            most = max(most, total)
+    return most
+
+
 def risky(lines: Iterable[Line]) -> bool:
     """Whether libcst may need a lot of stack, time or memory for these lines."""
-    branches = 0
+    branches: dict[int, int] = {}
     for line in lines:
-        branches += line.word in {"elif", "else"}
-        if line.depth > SAFE_DEPTH or line.operators > SAFE_OPERATORS or line.indent > SAFE_INDENT:
+        if line.depth > SAFE_DEPTH or line.chain > SAFE_CHAIN or line.indent > SAFE_INDENT:
             return True
-    return branches > SAFE_BRANCHES
+        branches[line.indent] = branches.get(line.indent, 0) + 1 if line.word == "elif" else 0
+        if branches[line.indent] > SAFE_BRANCHES:
+            return True
+    return False
 
 
 def identifiers(text: str) -> set[str]:

@@ -41,9 +41,9 @@ class Suppression:
         return next((entry for entry in self.codes if code.startswith(entry)), None)
 
 
-def may_occur(text: str) -> bool:
-    """Whether a text is worth a search for comments."""
-    return "noqa" in text.lower() or "quantcheck" in text
+def may_matter(text: str, findings: Sequence[Finding]) -> bool:
+    """Whether the comments of a text are worth a look."""
+    return bool(findings or "QC" in text or "quantcheck" in text) and _DIRECTIVE.search(text) is not None
 
 
 def find(structure: Structure) -> list[Suppression]:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from quantcheck_lint.values import Place, Use
 
 PARAMETER_NEEDLES: Needles = (COUNTS, (b"parameters(", b"parameters (", b"_parameters"))
-PARAMETER_SOURCES = re.compile(r"parameters\s*\(|\b_parameters\b")
+PARAMETER_SOURCES = re.compile(r"parameters\s*\(|_parameters\b")
 STATE_DICT_NEEDLES: Needles = (COUNTS, (b"state_dict", b"load_file", b"safe_open", b"torch.load"))
-STATE_DICT_SOURCES = re.compile(r"\bstate_dict\s*\(|\bload_file\b|\bsafe_open\b|\btorch\.load\b")
+STATE_DICT_SOURCES = re.compile(r"state_dict\s*\(|load_file\b|safe_open\b|torch\.load\b")
 STORED_NEEDLES: Needles = (COUNTS, (*PARAMETER_NEEDLES[1], *STATE_DICT_NEEDLES[1]))
 STORED_SOURCES = re.compile(f"{PARAMETER_SOURCES.pattern}|{STATE_DICT_SOURCES.pattern}")
 REFERENCES = (

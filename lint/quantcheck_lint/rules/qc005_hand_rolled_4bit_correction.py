@@ -73,8 +73,8 @@ for p in model.parameters():
         (b"2",),
         (b"param", b"numel", b"nelement"),
     )
-    hits = re.compile(r"\bParams4bit\b|load(?:ed)?_in_4bit|\bbits\s*==\s*4")
-    sources = re.compile(r"[*/]=?\s*2\b(?!\s*\*\*)|\b2\s*\*(?!\*)")
+    hits = re.compile(r"Params4bit\b|load_in_4bit|loaded_in_4bit|bits\s*==\s*4")
+    sources = re.compile(r"\*=?\s*2\b|/=?\s*2\b|2\s*\*(?!\*)")
 
     def check(self, analysis: Analysis) -> Iterator[Detection]:
         from quantcheck_lint.trees import walk

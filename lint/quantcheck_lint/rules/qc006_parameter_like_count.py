@@ -44,7 +44,7 @@ for group in optimizer.param_groups:
     )
     needles = (COUNTS, (b"params", b"parameters", b"state_dict", b"weights", b"param_list", b"sd"))
     hits = READS
-    sources = re.compile(r"params\b|parameters\b|state_dict\b|weights\b|param_list\b|\bsd\b")
+    sources = re.compile(r"params\b|parameters\b|state_dict\b|weights\b|param_list\b|sd\b")
 
     def check(self, analysis: Analysis) -> Iterator[Detection]:
         for place, uses in counting.counted(analysis, "LOOKALIKE"):

@@ -46,8 +46,8 @@ n = model.num_parameters()
         ),
     )
     needles = ((b"num_parameters",), (b"from_pretrained",), (b"GPTQ", b"gptq", b"AWQ", b"awq", b"Awq"))
-    hits = re.compile(r"\bnum_parameters\s*\(")
-    sources = re.compile(r"\bfrom_pretrained\b|gptq|awq", re.IGNORECASE)
+    hits = re.compile(r"num_parameters\s*\(")
+    sources = re.compile(r"from_pretrained\b|gptq|awq", re.IGNORECASE)
 
     def check(self, analysis: Analysis) -> Iterator[Detection]:
         import libcst as cst

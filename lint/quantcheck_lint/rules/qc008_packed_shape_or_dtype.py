@@ -48,7 +48,7 @@ def load(name):
         ),
     )
     needles = ((b"load_in_4bit",), (b".shape", b".dtype", b".size("))
-    hits = re.compile(r"\bload_in_4bit\s*=\s*True")
+    hits = re.compile(r"load_in_4bit\s*=\s*True")
     sources = re.compile(r"\.weight\s*\.\s*(?:shape|size)\b|\.dtype\b")
 
     def check(self, analysis: Analysis) -> Iterator[Detection]:

@@ -19,11 +19,13 @@ FixKind = Literal["none", "unsafe", "safe"]
 Needles = tuple[tuple[bytes, ...], ...]
 
 COUNTS: tuple[bytes, ...] = (b"numel", b"nelement", b"prod(", b"reduce(")
+# A size that is only compared (`p.numel() == 0`) is no count; most are, so it pays to drop them here.
+_NOT_COMPARED = r"\b(?!\s*\(\s*\)\s*(?:[=!<>]=|[<>%]))"
+# Whatever is wrapped around a shape.
+_OF_A_SHAPE = r"\s*\([\s\w.,:*()\[\]]{0,80}?\.(?:shape|size)\b"
+# Every branch begins with a letter, which lets `re` skip to where one may match.
 READS = re.compile(
-    # A size that is only compared (`p.numel() == 0`) is no count; most are, so it pays to drop them here.
-    r"\b(?:numel|nelement)\b(?!\s*\(\s*\)\s*(?:[=!<>]=|[<>%]))"
-    # A product of a shape, whatever is wrapped around the shape.
-    r"|\b(?:prod|reduce)\s*\([\s\w.,:*()\[\]]{0,80}?\.(?:shape|size)\b"
+    rf"numel(?<=\bnumel){_NOT_COMPARED}|nelement(?<=\bnelement){_NOT_COMPARED}|prod{_OF_A_SHAPE}|reduce{_OF_A_SHAPE}"
 )
 
 
