@@ -37,7 +37,7 @@ class Settings:
     respect_gitignore: bool = True
     baseline: str | None = None
     max_file_size: int = MAX_BYTES
-    timeout: float = 20.0
+    timeout: float = 10.0
 
     @cached_property
     def excludes(self) -> tuple[re.Pattern[str], ...]:

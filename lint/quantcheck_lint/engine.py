@@ -53,7 +53,7 @@ def in_order(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 def check(
     source: Source,
     rules: Sequence[Rule],
-    timeout: float = 20,
+    timeout: float = 10,
     *,
     apart: bool = False,
     structure: Structure | None = None,

@@ -107,7 +107,8 @@ class Flow:
         self._guarded_nodes: dict[int, bool] = {}
         for _ in range(MOST_RUNS):
             known = self._known()
-            self.places.clear()
+            for place in self.places.values():
+                place.uses.clear()
             self._run(module)
             if self._known() == known:
                 break
@@ -326,10 +327,11 @@ class Flow:
         function.returns = either(*self._returned)
         self._returned, self._guards, self._loops, self._trainable, self._totals, start = outer
         self._drain(start)
-        if scope.attributes is not None and function.returns is not None:
-            is_property = any("property" in set(words(d.decorator)) for d in node.decorators)
+        if scope.attributes is not None:
+            is_property = any("property" in words(decorator.decorator) for decorator in node.decorators)
             kept = function.returns if is_property else function
-            scope.keep_attribute(f"self.{node.name.value}", kept)
+            if kept is not None:
+                scope.keep_attribute(f"self.{node.name.value}", kept)
 
     def _class(self, node: cst.ClassDef, scope: Scope) -> None:
         start = len(self._deferred)

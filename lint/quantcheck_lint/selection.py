@@ -58,7 +58,17 @@ def _needed(structure: Structure, hits: re.Pattern[str], sources: re.Pattern[str
     if not hit or sources is None:
         return hit
     feeding = structure.units_of(match.start() for match in sources.finditer(structure.text))
-    return _linked(hit, feeding, _Names(structure, [*hit, *feeding]))
+    kept = _linked(hit, feeding, _Names(structure, [*hit, *feeding]))
+    # The code of a module is one scope, whatever its statements are: all of it or nothing.
+    if any(map(_is_code_of_module, kept)) or (
+        any(map(_is_code_of_module, hit)) and any(map(_is_code_of_module, feeding))
+    ):
+        kept += filter(_is_code_of_module, structure.units)
+    return kept
+
+
+def _is_code_of_module(unit: Unit) -> bool:
+    return not (unit.is_function or unit.headers or unit.lines[0].word in {"import", "from"})
 
 
 class _Names:
@@ -117,9 +127,5 @@ def _linked(hit: Sequence[Unit], feeding: Sequence[Unit], names: _Names) -> list
 
 
 def _feeds(source: Unit, unit: Unit, names: _Names) -> bool:
-    """Whether `unit` iterates over something that `source` makes. Top level code reads what it made line by line."""
-    if (names.functions(source) | names.kept(source)) & names.iterated(unit):
-        return True
-    if source.is_function or unit.is_function:
-        return False
-    return bool(names.kept(source) & names.used(unit) or names.kept(unit) & names.used(source))
+    """Whether `unit` iterates over something that `source` makes."""
+    return bool((names.functions(source) | names.kept(source)) & names.iterated(unit))
