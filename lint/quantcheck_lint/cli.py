@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _with_command(arguments: list[str]) -> list[str]:
     """`check` is what is meant when no command is named."""
+    # What follows a bare `--add-noqa` is a path: the reason needs `=`.
+    arguments = ["--add-noqa=" if argument == "--add-noqa" else argument for argument in arguments]
     if not arguments:
         return ["check"]
     named = arguments[0] in program.commands or arguments[0] in {"-h", "--help", "--version"}
@@ -85,9 +87,7 @@ def program() -> None:
 @click.option("--fix", is_flag=True, help="Apply safe fixes.")
 @click.option("--unsafe-fixes", is_flag=True, help="Apply all fixes, those that change values as well.")
 @click.option("--diff", is_flag=True, help="Show what fixes would change and write nothing.")
-@click.option(
-    "--add-noqa", is_flag=False, flag_value="", default=None, metavar="[=REASON]", help="Suppress what is found."
-)
+@click.option("--add-noqa", default=None, metavar="[=REASON]", help="Suppress what is found, with a reason.")
 @click.option("--baseline", metavar="FILE", help="Report only what is beyond the counts in FILE.")
 @click.option("--write-baseline", is_flag=True, help="Write what is found to the baseline.")
 @click.option("--output-format", type=click.Choice(FORMATS), default="full", help="How findings are written.")

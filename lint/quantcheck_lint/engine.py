@@ -84,13 +84,10 @@ def check(
 def _analyse(source: Source, structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, whole: bool) -> Checked:
     from quantcheck_lint.parsing import parse  # libcst is not needed before this point
 
-    findings: list[Finding] = []
-    unreadable: list[CannotRead] = []
-    for piece, analysis in parse(structure, excerpt, unreadable, whole):
-        context = Context(source, structure, piece, analysis)
-        for rule in rules:
-            findings += [_finding(context, rule, detection) for detection in rule.check(analysis)]
-    return Checked(in_order(findings), tuple(unreadable))
+    piece, analysis, problem = parse(structure, excerpt, rules, whole=whole)
+    context = Context(source, structure, piece, analysis)
+    findings = [_finding(context, rule, detection) for rule in rules for detection in rule.check(analysis)]
+    return Checked(in_order(findings), () if problem is None else (problem,))
 
 
 @dataclass(frozen=True, slots=True)

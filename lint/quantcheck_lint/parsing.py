@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import libcst as cst
 
 from quantcheck_lint.analysis import Analysis
 from quantcheck_lint.finding import CannotRead
-from quantcheck_lint.structure import Excerpt, Structure
+from quantcheck_lint.rules.rule import Rule
+from quantcheck_lint.structure import Excerpt, Structure, Unit
 
 
 def parse(
-    structure: Structure, excerpt: Excerpt, unreadable: list[CannotRead], whole: bool
-) -> Iterator[tuple[Excerpt, Analysis]]:
-    """The analysis of the excerpt; when it doesn't parse, of the whole source; when that doesn't, of each unit."""
+    structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, whole: bool
+) -> tuple[Excerpt, Analysis, CannotRead | None]:
+    """The analysis of the excerpt; when it doesn't parse, of the whole source; when that doesn't, of units that do.
+
+    A unit that doesn't parse is a problem when a rule has something to look at in it, and none of ours otherwise.
+    """
     try:
-        yield excerpt, Analysis(cst.parse_module(excerpt.text))
-        return
+        return excerpt, Analysis(cst.parse_module(excerpt.text)), None
     except cst.ParserSyntaxError as error:
         problem = _problem(error, excerpt.origin)
     if whole:
+        # The cut may have gone wrong where the source is fine.
         everything = Excerpt(structure.text, tuple(range(len(structure.starts))), excerpt.units)
         try:
-            yield everything, Analysis(cst.parse_module(structure.text))
-            return
-        except cst.ParserSyntaxError as error:
-            problem = _problem(error, everything.origin)
-    unreadable.append(problem)
-    for unit in excerpt.units:
-        piece = structure.excerpt([unit])
-        try:
-            yield piece, Analysis(cst.parse_module(piece.text))
+            return everything, Analysis(cst.parse_module(structure.text)), None
         except cst.ParserSyntaxError:
-            continue
+            pass
+    good = [unit for unit in excerpt.units if _parses(structure, unit)]
+    matters = any(_is_looked_at(structure, unit, rules) for unit in excerpt.units if unit not in good)
+    piece = structure.excerpt(good)
+    return piece, Analysis(cst.parse_module(piece.text)), problem if matters else None
+
+
+def _parses(structure: Structure, unit: Unit) -> bool:
+    try:
+        cst.parse_module(structure.excerpt([unit]).text)
+    except cst.ParserSyntaxError:
+        return False
+    return True
+
+
+def _is_looked_at(structure: Structure, unit: Unit, rules: Sequence[Rule]) -> bool:
+    text = structure.slice(unit.first, unit.last)
+    return any(rule.hits is not None and rule.hits.search(text) for rule in rules)
 
 
 def _problem(error: cst.ParserSyntaxError, origin: tuple[int, ...]) -> CannotRead:
