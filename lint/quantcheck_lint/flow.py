@@ -34,6 +34,7 @@ from quantcheck_lint.values import (
     either,
     element,
     has_tensor,
+    settled,
     tensor,
     trained,
 )
@@ -102,6 +103,7 @@ class Flow:
         self._guards: list[bool] = []
         self._loops: list[cst.For | cst.While] = []
         self._trainable = 0
+        self._made: list[Use] = []
         # What was added to a name, or to the entries of a mapping, in the function that is being run.
         self._totals: dict[str, list[Use]] = {}
         self._guarded_nodes: dict[int, bool] = {}
@@ -167,7 +169,12 @@ class Flow:
         targets = [target.target for target in node.targets]
         if len(targets) == 1 and self._pairwise(targets[0], node.value, scope):
             return
+        made = len(self._made)
         value = self.value(node.value, scope)
+        if any(map(self._is_offset, targets)):
+            # Whatever is computed from the sums: the result is the size of a buffer.
+            for use in self._made[made:]:
+                use.discarded = True
         for target in targets:
             self._assign_one(target, node.value, value, scope)
 
@@ -187,18 +194,9 @@ class Flow:
         if isinstance(value, Number) and _adds_to(target, expression):
             self._add_up(value, expression, target)
             value = None
-        if isinstance(value, Number) and value.uses:
-            value = self._settled(value, target)
-        self._bind(target, value, scope)
-
-    def _settled(self, total: Number, target: cst.BaseExpression) -> Number:
-        """A sum that gets a name, which may say that it is the size of a buffer, or a number of bytes."""
-        if not total.settled:
-            if self._is_offset(target):
-                calls.discard(total)
-            elif _is_bytes(target):
-                calls.in_memory(total)
-        return replace(total, settled=True)
+        if isinstance(value, Number) and not value.settled and _is_bytes(target):
+            calls.in_memory(value)
+        self._bind(target, settled(value), scope)
 
     def _annotated(self, node: cst.AnnAssign, scope: Scope) -> None:
         if node.value is not None:
@@ -289,7 +287,7 @@ class Flow:
 
     def _return(self, node: cst.Return, scope: Scope) -> None:
         if node.value is not None:
-            self._returned.append(self.value(node.value, scope))
+            self._returned.append(settled(self._kept(self.value(node.value, scope))))
 
     def _yield(self, node: cst.Yield, scope: Scope) -> Value | None:
         if isinstance(node.value, cst.From):
@@ -562,6 +560,7 @@ class Flow:
                 use = place.uses[id(node)] = Use(trainable, memory=found.memory)
             use.trainable = trainable
             uses.append(use)
+        self._made += uses
         return Number(uses=(*found.uses, *uses), memory=found.memory)
 
     def _add_up(self, number: Number, node: cst.CSTNode, target: cst.BaseExpression) -> None:

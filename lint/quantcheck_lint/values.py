@@ -123,6 +123,7 @@ def either(*values: Value | None) -> Value | None:
             uses=unique(use for number in counted for use in number.uses),
             trainable=all(number.trainable for number in counted),
             memory=all(number.memory for number in counted),
+            settled=any(number.settled for number in counted),
         )
     if len(known) > 1 and all(isinstance(value, Items) for value in known):
         return _either_items([value for value in known if isinstance(value, Items)])
@@ -165,6 +166,11 @@ def trained(value: Value | None) -> Value | None:
         case Lookup(of):
             return Lookup(trained(of) or of)
     return value
+
+
+def settled(value: Value | None) -> Value | None:
+    """`value` once it got a name: what happens to it from here on says nothing about the sums in it."""
+    return replace(value, settled=True) if isinstance(value, Number) and value.uses else value
 
 
 def tensor(value: Value | None) -> Tensor | None:
