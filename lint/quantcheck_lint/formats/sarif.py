@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from urllib.parse import quote
 
@@ -93,5 +94,5 @@ def _replacement(edit: Edit) -> dict[str, object]:
 
 
 def _uri(path: str) -> str:
-    encoded = quote(path.encode("utf-8", "surrogateescape"))
+    encoded = quote(os.fsencode(path))
     return f"file://{encoded}" if path.startswith("/") else encoded
