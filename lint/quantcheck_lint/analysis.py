@@ -11,15 +11,16 @@ from quantcheck_lint.flow import Flow
 
 
 class Analysis:
-    """A module under analysis. Everything is computed when it is first asked for."""
+    """A text that libcst has parsed. Everything else is computed when it is first asked for."""
 
-    def __init__(self, module: cst.Module) -> None:
-        self.module = module
+    def __init__(self, text: str) -> None:
+        self.module = cst.parse_module(text)
+        self._text = text
 
     @cached_property
     def flow(self) -> Flow:
         """Where sizes of tensors are read and added up."""
-        return Flow(self.module)
+        return Flow(self.module, self._text)
 
     @cached_property
     def _positions(self) -> dict[cst.CSTNode, CodeRange]:

@@ -71,20 +71,20 @@ def check(
     if deepest.depth > DEEPEST:
         raise CannotRead(f"brackets are nested {deepest.depth} deep", f"limit {DEEPEST}", deepest.first + 1)
     codes = [rule.code for rule in rules]
-    if not apart and risky(lines):
+    if not apart and risky(structure, lines):
         return check_apart(source, codes, timeout)
     try:
-        return _analyse(source, structure, excerpt, rules, whole=apart or not risky(structure.lines))
+        return _analyse(source, structure, excerpt, rules, apart=apart)
     except RecursionError:
         if apart:
             raise
         return check_apart(source, codes, timeout)
 
 
-def _analyse(source: Source, structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, whole: bool) -> Checked:
+def _analyse(source: Source, structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, apart: bool) -> Checked:
     from quantcheck_lint.parsing import parse  # libcst is not needed before this point
 
-    piece, analysis, problem = parse(structure, excerpt, rules, whole=whole)
+    piece, analysis, problem = parse(structure, excerpt, rules, apart=apart)
     context = Context(source, structure, piece, analysis)
     findings = [_finding(context, rule, detection) for rule in rules for detection in rule.check(analysis)]
     return Checked(in_order(findings), () if problem is None else (problem,))

@@ -93,7 +93,8 @@ class Scope:
 class Flow:
     """The places of one module, found by running it on abstract values."""
 
-    def __init__(self, module: cst.Module) -> None:
+    def __init__(self, module: cst.Module, text: str) -> None:
+        self._may_be_guarded = any(guard in text for guard in GUARDS)
         self.places: dict[int, Place] = {}
         self._functions: dict[int, Function] = {}
         self._attributes: dict[int, dict[str, Value]] = {}
@@ -616,6 +617,8 @@ class Flow:
             self.collect(container.func.value, value if lookup else Each(value), scope, lookup=True)
 
     def _is_guarded(self, node: cst.CSTNode) -> bool:
+        if not self._may_be_guarded:
+            return False
         known = self._guarded_nodes.get(id(node))
         if known is None:
             known = any(guard in word for word in words(node) for guard in GUARDS)

@@ -9,31 +9,31 @@ import libcst as cst
 from quantcheck_lint.analysis import Analysis
 from quantcheck_lint.finding import CannotRead
 from quantcheck_lint.rules.rule import Rule
-from quantcheck_lint.structure import Excerpt, Structure, Unit
+from quantcheck_lint.structure import Excerpt, Structure, Unit, risky
 
 
 def parse(
-    structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, whole: bool
+    structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, apart: bool
 ) -> tuple[Excerpt, Analysis, CannotRead | None]:
     """The analysis of the excerpt; when it doesn't parse, of the whole source; when that doesn't, of units that do.
 
     A unit that doesn't parse is a problem when a rule has something to look at in it, and none of ours otherwise.
     """
     try:
-        return excerpt, Analysis(cst.parse_module(excerpt.text)), None
+        return excerpt, Analysis(excerpt.text), None
     except cst.ParserSyntaxError as error:
         problem = _problem(error, excerpt.origin)
-    if whole:
+    if apart or not risky(structure, structure.lines):
         # The cut may have gone wrong where the source is fine.
         everything = Excerpt(structure.text, tuple(range(len(structure.starts))), excerpt.units)
         try:
-            return everything, Analysis(cst.parse_module(structure.text)), None
+            return everything, Analysis(structure.text), None
         except cst.ParserSyntaxError:
             pass
     good = [unit for unit in excerpt.units if _parses(structure, unit)]
     matters = any(_is_looked_at(structure, unit, rules) for unit in excerpt.units if unit not in good)
     piece = structure.excerpt(good)
-    return piece, Analysis(cst.parse_module(piece.text)), problem if matters else None
+    return piece, Analysis(piece.text), problem if matters else None
 
 
 def _parses(structure: Structure, unit: Unit) -> bool:

@@ -54,7 +54,8 @@ def _look(file: Found, data: bytes) -> runner.Round:
 
 def _applied(found: document.Document, findings: Sequence[Finding]) -> tuple[bytes, int]:
     source = found.source
-    if risky(Structure(source.text).lines):
+    structure = Structure(source.text)
+    if risky(structure, structure.lines):
         raise CannotRead("nested too deeply to be edited", "fix")
     text, applied = fixed(source.text, findings, source.newline)
     if any(finding.code != suppressions.UNUSED for finding in applied):

@@ -28,7 +28,8 @@ _NESTS = re.compile(
 )
 _LONG_LINE = 400
 _CONTINUES = frozenset({"else", "elif", "except", "finally", "case"})
-_WORD = re.compile(r"@|\w+")
+# White space and the first word of a logical line: `@`, a name, or another character.
+_START = re.compile(r"([ \t\f\ufeff]*)(@|\w+|[^#\s])")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 
 # CPython's own tokenizer refuses more.
@@ -44,7 +45,7 @@ SAFE_INDENT = 200
 class Line:
     """One logical line: physical lines `first` to `last` (from 0), how far it is indented and its first word.
 
-    `depth` is how deep its brackets go, `chain` how deep operators may nest in it as well.
+    `depth` is how deep its brackets go, `begin` and `end` are offsets in the text.
     """
 
     first: int
@@ -52,7 +53,8 @@ class Line:
     indent: int
     word: str
     depth: int
-    chain: int
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +114,16 @@ class Structure:
         return lines
 
     def _add(self, lines: list[Line], begin: int, end: int, depth: int) -> None:
-        segment = self.text[begin:end]
-        stripped = segment.lstrip(" \t\f\ufeff")
-        if not stripped.strip() or stripped[0] == "#":
-            return
-        word = _WORD.match(stripped)
-        lines.append(
-            Line(
-                first=self.line_of(begin),
-                last=self.line_of(max(begin, end - 1)),
-                indent=len(segment[: len(segment) - len(stripped)].rpartition("\f")[2].expandtabs()),
-                word=word.group() if word else "",
-                depth=depth,
-                chain=chain(segment) if len(segment) > _LONG_LINE else 0,
-            )
-        )
+        start = _START.match(self.text, begin, end)
+        if start is None:
+            return  # blank, or a comment
+        blank, word = start.groups()
+        indent = len(blank.rpartition("\f")[2].expandtabs())
+        lines.append(Line(self.line_of(begin), self.line_of(max(begin, end - 1)), indent, word, depth, begin, end))
+
+    def chain(self, line: Line) -> int:
+        """An upper bound on how deep operators nest in a logical line; short lines are not looked at."""
+        return chain(self.text[line.begin : line.end]) if line.end - line.begin > _LONG_LINE else 0
 
     def comments(self) -> Iterator[tuple[int, str]]:
         """Offset and text of every comment."""
@@ -224,11 +221,11 @@ def chain(text: str) -> int:
     return most
 
 
-def risky(lines: Iterable[Line]) -> bool:
+def risky(structure: Structure, lines: Iterable[Line]) -> bool:
     """Whether libcst may need a lot of stack, time or memory for these lines."""
     branches: dict[int, int] = {}
     for line in lines:
-        if line.depth > SAFE_DEPTH or line.chain > SAFE_CHAIN or line.indent > SAFE_INDENT:
+        if line.depth > SAFE_DEPTH or line.indent > SAFE_INDENT or structure.chain(line) > SAFE_CHAIN:
             return True
         branches[line.indent] = branches.get(line.indent, 0) + 1 if line.word == "elif" else 0
         if branches[line.indent] > SAFE_BRANCHES:

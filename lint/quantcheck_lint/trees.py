@@ -7,8 +7,12 @@ from functools import cache
 
 import libcst as cst
 
-TRIVIA = frozenset({"lpar", "rpar", "lbracket", "rbracket", "lbrace", "rbrace", "header", "footer"})
+TRIVIA = frozenset({"__slots__", "lpar", "rpar", "lbracket", "rbracket", "lbrace", "rbrace", "header", "footer"})
 TRIVIA_PREFIXES = ("whitespace", "comma", "semicolon", "colon", "trailing_whitespace", "leading_lines", "lines_after")
+
+
+# What a field may hold beside nodes and sequences of them. libcst's own `isinstance` is slow: its nodes are abstract.
+_SCALARS = frozenset({str, bool, type(None), cst.MaybeSentinel})
 
 
 @cache
@@ -18,16 +22,17 @@ def _fields(kind: type[cst.CSTNode]) -> tuple[str, ...]:
     )
 
 
-def children(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+def children(node: cst.CSTNode) -> list[cst.CSTNode]:
     """The nodes below `node` in source order, white space and punctuation left out."""
+    found: list[cst.CSTNode] = []
     for name in _fields(type(node)):
         value = getattr(node, name)
-        if isinstance(value, cst.CSTNode):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                if isinstance(item, cst.CSTNode):
-                    yield item
+        kind = type(value)
+        if kind is tuple or kind is list:
+            found += value
+        elif kind not in _SCALARS:
+            found.append(value)
+    return found
 
 
 def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
@@ -36,7 +41,7 @@ def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     while stack:
         current = stack.pop()
         yield current
-        stack.extend(reversed(list(children(current))))
+        stack += reversed(children(current))
 
 
 def dotted(node: cst.CSTNode) -> str | None:
@@ -73,7 +78,7 @@ def keyword(call: cst.Call, name: str) -> cst.BaseExpression | None:
 def words(node: cst.CSTNode) -> Iterator[str]:
     """Every identifier and string literal under `node`, strings with their quotes."""
     for below in walk(node):
-        if isinstance(below, (cst.Name, cst.SimpleString)):
+        if type(below) is cst.Name or type(below) is cst.SimpleString:
             yield below.value
 
 
@@ -116,7 +121,7 @@ def _arithmetic(operator: cst.BaseBinaryOp, left: float, right: float) -> float 
 
 def names(node: cst.CSTNode, value: str) -> bool:
     """Whether the identifier `value` is read or written under `node`."""
-    return any(isinstance(below, cst.Name) and below.value == value for below in walk(node))
+    return any(type(below) is cst.Name and below.value == value for below in walk(node))
 
 
 def requires_grad(node: cst.CSTNode) -> bool | None:
