@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 
 from quantcheck_lint.finding import CannotCheck
 from quantcheck_lint.rules import RULES, by_code
@@ -33,7 +34,17 @@ def index_markdown() -> str:
         for rule in RULES
     ]
     head = ["| code | name | severity | default | fix | what it says |", "|---|---|---|---|---|---|"]
-    return "\n".join(["# Rules", "", *head, *rows, ""])
+    toctree = ["```{toctree}", ":hidden:", "", *(rule.code.lower() for rule in RULES), "```"]
+    return "\n".join(["# Rules", "", *head, *rows, "", *toctree, ""])
+
+
+def write_pages(folder: str) -> None:
+    """Write the table of all rules and the page of each into `folder`: what the build of the docs calls."""
+    os.makedirs(folder, exist_ok=True)
+    pages = {"index": index_markdown()} | {rule.code.lower(): _page(rule) for rule in RULES}
+    for name, text in pages.items():
+        with open(os.path.join(folder, f"{name}.md"), "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def rules_table() -> str:
