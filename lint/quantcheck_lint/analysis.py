@@ -11,16 +11,16 @@ from quantcheck_lint.flow import Flow
 
 
 class Analysis:
-    """A text that libcst has parsed. Everything else is computed when it is first asked for."""
+    """A piece of a source that libcst has parsed. Everything else is computed when it is first asked for."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, source: str) -> None:
         self.module = cst.parse_module(text)
-        self._text = text
+        self._source = source
 
     @cached_property
     def flow(self) -> Flow:
         """Where sizes of tensors are read and added up."""
-        return Flow(self.module, self._text)
+        return Flow(self.module, self._source)
 
     @cached_property
     def _positions(self) -> dict[cst.CSTNode, CodeRange]:

@@ -104,7 +104,7 @@ def _finding(context: Context, rule: Rule, detection: Detection) -> Finding:
     structure, piece = context.structure, context.piece
     at = context.analysis.position(detection.node)
     first, last = piece.origin[at.start.line - 1], piece.origin[at.end.line - 1]
-    statement = next((line for line in structure.lines if line.first <= first <= line.last), None)
+    statement = structure.statement_at(first)
     shown = range(first, min(last, first + SHOWN_LINES - 1) + 1)
     return Finding(
         path=context.source.path,
@@ -119,7 +119,7 @@ def _finding(context: Context, rule: Rule, detection: Detection) -> Finding:
         suggestion=detection.suggestion,
         fix=_fix(context, rule, detection),
         excerpt=tuple(structure.slice(line, line).rstrip("\r\n") for line in shown),
-        span=(statement.first + 1, statement.last + 1) if statement else (first + 1, last + 1),
+        span=(statement[0] + 1, statement[1] + 1),
     )
 
 

@@ -29,23 +29,26 @@ def _parts(finding: Finding) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
 
 
 def _without_overlap(findings: Sequence[Finding]) -> list[Finding]:
+    """From top to bottom, what begins behind the end of what was chosen before."""
     chosen: list[Finding] = []
-    taken: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    end = (0, 0)
     for finding in findings:
-        spans = [((edit.line, edit.column), (edit.end_line, edit.end_column)) for edit in _parts(finding)[0]]
-        if spans and not any(start < end and begin < stop for begin, end in taken for start, stop in spans):
+        edits = _parts(finding)[0]
+        if edits and min((edit.line, edit.column) for edit in edits) >= end:
             chosen.append(finding)
-            taken.extend(spans)
+            end = max((edit.end_line, edit.end_column) for edit in edits)
     return chosen
 
 
 def apply(text: str, edits: Iterable[Edit]) -> str:
     """`text` with every edit made; edits don't overlap."""
     starts = Structure(text).starts
-    for edit in sorted(edits, reverse=True):
-        begin, end = starts[edit.line - 1] + edit.column, starts[edit.end_line - 1] + edit.end_column
-        text = text[:begin] + edit.text + text[end:]
-    return text
+    parts: list[str] = []
+    at = 0
+    for edit in sorted(edits):
+        parts += [text[at : starts[edit.line - 1] + edit.column], edit.text]
+        at = starts[edit.end_line - 1] + edit.end_column
+    return "".join([*parts, text[at:]])
 
 
 def require_parsable(text: str) -> None:

@@ -40,7 +40,9 @@ from quantcheck_lint.values import (
 )
 
 # Code that names one of these knows about packed or partitioned weights: it is left alone.
-GUARDS = ("Params4bit", "quant_state", "QuantState", "ds_numel", "ds_tensor", "count_params", "logical_numel")
+GUARDS = ("Params4bit", "quant_state", "QuantState", "ds_numel", "ds_tensor")
+# So does code that names these, where they are ours: `count_params` is a favourite name for naive counts as well.
+OUR_GUARDS = ("count_params", "logical_numel")
 POSITIONS = ("offset", "offsets", "idx", "index", "pointer", "ptr", "start", "end", "pos", "position", "cursor")
 BUFFERS = ("buffer", "buf", "bucket", "flat", "chunk", "padded", "padding", "alignment")
 OFFSETS = frozenset((*POSITIONS, *BUFFERS))
@@ -94,7 +96,8 @@ class Flow:
     """The places of one module, found by running it on abstract values."""
 
     def __init__(self, module: cst.Module, text: str) -> None:
-        self._may_be_guarded = any(guard in text for guard in GUARDS)
+        guards = (*GUARDS, *OUR_GUARDS) if "pytest_quantcheck" in text else GUARDS
+        self._guard_words = tuple(guard for guard in guards if guard in text)
         self.places: dict[int, Place] = {}
         self._functions: dict[int, Function] = {}
         self._attributes: dict[int, dict[str, Value]] = {}
@@ -319,9 +322,10 @@ class Flow:
             name = parameter.name.value
             local.names[name] = function.received.get(name) or _lookalike(name)
         outer = self._returned, self._guards, self._loops, self._trainable, self._totals, len(self._deferred)
-        known = any(has_tensor(value) and not isinstance(value, Store) for value in function.received.values())
+        # Where a function is given one tensor, its body is what the loop would be.
+        known = any(isinstance(value, Tensor) for value in function.received.values())
         self._returned, self._loops, self._trainable, self._totals = [], [], 0, {}
-        self._guards = [known and self._is_guarded(node)]
+        self._guards = [known and self._is_guarded(node.body)]
         self._body(node.body.body, local)
         function.returns = either(*self._returned)
         self._returned, self._guards, self._loops, self._trainable, self._totals, start = outer
@@ -617,11 +621,11 @@ class Flow:
             self.collect(container.func.value, value if lookup else Each(value), scope, lookup=True)
 
     def _is_guarded(self, node: cst.CSTNode) -> bool:
-        if not self._may_be_guarded:
+        if not self._guard_words:
             return False
         known = self._guarded_nodes.get(id(node))
         if known is None:
-            known = any(guard in word for word in words(node) for guard in GUARDS)
+            known = any(guard in word for word in words(node) for guard in self._guard_words)
             self._guarded_nodes[id(node)] = known
         return known
 

@@ -20,20 +20,20 @@ def parse(
     A unit that doesn't parse is a problem when a rule has something to look at in it, and none of ours otherwise.
     """
     try:
-        return excerpt, Analysis(excerpt.text), None
+        return excerpt, Analysis(excerpt.text, structure.text), None
     except cst.ParserSyntaxError as error:
         problem = _problem(error, excerpt.origin)
     if apart or not risky(structure, structure.lines):
         # The cut may have gone wrong where the source is fine.
         everything = Excerpt(structure.text, tuple(range(len(structure.starts))), excerpt.units)
         try:
-            return everything, Analysis(structure.text), None
+            return everything, Analysis(structure.text, structure.text), None
         except cst.ParserSyntaxError:
             pass
     good = [unit for unit in excerpt.units if _parses(structure, unit)]
     matters = any(_is_looked_at(structure, unit, rules) for unit in excerpt.units if unit not in good)
     piece = structure.excerpt(good)
-    return piece, Analysis(piece.text), problem if matters else None
+    return piece, Analysis(piece.text, structure.text), problem if matters else None
 
 
 def _parses(structure: Structure, unit: Unit) -> bool:

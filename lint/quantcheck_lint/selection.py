@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from quantcheck_lint.rules.rule import Rule
 from quantcheck_lint.structure import Excerpt, Structure, Unit, identifiers
 
+MOST_LINKS = 50
 _FUNCTION = re.compile(r"def\s+(\w+)")
 _KEEPS = re.compile(r"(?:self|cls)\.(\w+)\s*[:+]?=|^(\w+)(?:\s*:[^=\n]+)?\s*\+?=", re.MULTILINE)
 _ITERATES = re.compile(r"^.*\b(?:for|in|map|filter|reduce|chain|sum)\b.*$", re.MULTILINE)
@@ -110,22 +111,31 @@ def _linked(hit: Sequence[Unit], feeding: Sequence[Unit], names: _Names) -> list
     """Hits that are fed, and what feeds them: in the same unit, by what they iterate over, or as their caller."""
     fed = {unit.first for unit in feeding}
     kept = {unit.first: unit for unit in hit if unit.first in fed}
+    makers = _index(feeding, lambda unit: names.functions(unit) | names.kept(unit))
+    callers = _index(feeding, names.used)
     for unit in hit:
-        for source in feeding:
-            if source.first != unit.first and (
-                _feeds(source, unit, names) or names.functions(unit) & names.used(source)
-            ):
+        for source in (*_found(makers, names.iterated(unit)), *_found(callers, names.functions(unit))):
+            if source.first != unit.first:
                 kept[unit.first], kept[source.first] = unit, source
     pending = list(kept.values())
     while pending:
-        unit = pending.pop()
-        for source in feeding:
-            if source.first not in kept and _feeds(source, unit, names):
+        for source in _found(makers, names.iterated(pending.pop())):
+            if source.first not in kept:
                 kept[source.first] = source
                 pending.append(source)
     return list(kept.values())
 
 
-def _feeds(source: Unit, unit: Unit, names: _Names) -> bool:
-    """Whether `unit` iterates over something that `source` makes."""
-    return bool((names.functions(source) | names.kept(source)) & names.iterated(unit))
+def _index(units: Sequence[Unit], names: Callable[[Unit], set[str]]) -> dict[str, list[Unit]]:
+    found: dict[str, list[Unit]] = {}
+    for unit in units:
+        for name in names(unit):
+            found.setdefault(name, []).append(unit)
+    return found
+
+
+def _found(index: dict[str, list[Unit]], names: set[str]) -> Iterator[Unit]:
+    """The units behind some names. A name that is everywhere says nothing, and would cost the square of the units."""
+    for name in names & index.keys():
+        if len(index[name]) <= MOST_LINKS:
+            yield from index[name]

@@ -133,8 +133,23 @@ class Structure:
 
     def in_string(self, offset: int) -> bool:
         """Whether a string literal goes on at `offset`."""
-        quotes = (match.span() for match in _TOKEN.finditer(self.text) if match.group()[0] in "\"'")
-        return any(start < offset < end for start, end in quotes)
+        index = bisect_right(self._strings, (offset, 0)) - 1
+        return index >= 0 and self._strings[index][0] < offset < self._strings[index][1]
+
+    @cached_property
+    def _strings(self) -> list[tuple[int, int]]:
+        return [match.span() for match in _TOKEN.finditer(self.text) if match.group()[0] in "\"'"]
+
+    def statement_at(self, line: int) -> tuple[int, int]:
+        """First and last physical line of the logical line that covers `line`."""
+        index = bisect_right(self._line_begins, line) - 1
+        if index >= 0 and line <= self.lines[index].last:
+            return self.lines[index].first, self.lines[index].last
+        return line, line
+
+    @cached_property
+    def _line_begins(self) -> list[int]:
+        return [line.first for line in self.lines]
 
     @cached_property
     def units(self) -> list[Unit]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from quantcheck_lint.finding import Edit, Finding, Fix
@@ -76,15 +76,25 @@ def _suppression(structure: Structure, offset: int, match: re.Match[str]) -> Sup
 
 def apply(findings: Sequence[Finding], suppressions: Sequence[Suppression]) -> list[Finding]:
     """The findings that no comment hides; comments remember what they hid."""
-    return [finding for finding in findings if not _hidden(finding, suppressions)]
+    of_file = [suppression for suppression in suppressions if suppression.whole_file]
+    by_line: dict[int, list[Suppression]] = {}
+    for suppression in suppressions:
+        if not suppression.whole_file:
+            by_line.setdefault(suppression.line, []).append(suppression)
+    shown = []
+    for finding in findings:
+        lines = {*finding.span, *range(finding.line, finding.end_line + 1)}
+        near = [suppression for line in lines for suppression in by_line.get(line, ())]
+        if not _hidden(finding, (*of_file, *near)):
+            shown.append(finding)
+    return shown
 
 
-def _hidden(finding: Finding, suppressions: Sequence[Suppression]) -> bool:
-    lines = {*finding.span, *range(finding.line, finding.end_line + 1)}
+def _hidden(finding: Finding, suppressions: Iterable[Suppression]) -> bool:
     hidden = False
     for suppression in suppressions:
         entry = suppression.hides(finding.code)
-        if entry is not None and (suppression.whole_file or suppression.line in lines):
+        if entry is not None:
             suppression.used.add(entry)
             suppression.hid_something = hidden = True
     return hidden

@@ -143,3 +143,10 @@ def test_a_mistake_of_ours_is_said_about_the_file_and_not_raised(monkeypatch):
     monkeypatch.setattr("quantcheck_lint.engine.select", lambda *_: 1 / 0)
     outcome = check(function("1"))
     assert "internal error: ZeroDivisionError: division by zero (please report)" in outcome.errors[0]
+
+
+def test_many_candidates_take_no_square_of_time(tmp_path):
+    function_text = "def f{0}(model):\n    return sum(p.numel() for p in model.parameters())  # noqa: QC001\n"
+    text = "".join(function_text.format(number) for number in range(1500))
+    assert check(text).findings == ()
+    assert len(check(text.replace("  # noqa: QC001", "")).findings) == 1500
