@@ -34,32 +34,10 @@ EXACT_SIZES = frozenset({"element_size", "itemsize", "nbytes", "finfo", "iinfo",
 BYTES_PER_ELEMENT = frozenset({0.5, 2.0, 4.0, 8.0, 16.0, 32.0})
 BYTES_NAME = re.compile(r"(?:^|_)(?:n?bytes?|bits?|bpp|bpw)(?:_|$)", re.IGNORECASE)
 # A buffer of that many elements is made: the number of stored elements is what is wanted.
-ALLOCATES = frozenset(
-    {
-        "zeros",
-        "ones",
-        "empty",
-        "full",
-        "rand",
-        "randn",
-        "randint",
-        "arange",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "resize_",
-        "narrow",
-        "Tensor",
-        "FloatTensor",
-        "HalfTensor",
-        "IntTensor",
-        "ByteTensor",
-        "BoolTensor",
-        "DoubleTensor",
-        "LongTensor",
-    }
-)
+FILLED = ("zeros", "ones", "empty", "full", "rand", "randn", "randint", "arange", "resize_", "narrow")
+LIKE_ANOTHER = ("new_zeros", "new_ones", "new_empty", "new_full")
+TYPED = ("Tensor", "FloatTensor", "HalfTensor", "DoubleTensor", "IntTensor", "LongTensor", "ByteTensor", "BoolTensor")
+ALLOCATES = frozenset((*FILLED, *LIKE_ANOTHER, *TYPED))
 
 
 # Reading a size
@@ -120,9 +98,9 @@ def arithmetic(node: cst.BinaryOperation, left: Value | None, right: Value | Non
     """The value of `left operator right`: a count stays one when it is scaled, and becomes bytes when it is sized."""
     match node.operator:
         case cst.Add():
-            return _plus(left, right)
+            return either(left, right)
         case cst.Subtract():
-            return _plus(left, right) if isinstance(left, Number) or isinstance(right, Number) else left
+            return either(left, right) if isinstance(left, Number) or isinstance(right, Number) else left
         case cst.Multiply():
             if (isinstance(left, Number) and left.settled) or (isinstance(right, Number) and right.settled):
                 return None
@@ -133,10 +111,6 @@ def arithmetic(node: cst.BinaryOperation, left: Value | None, right: Value | Non
             scaled = number(node.right) is not None or _is_unit(node.right)
             return left if isinstance(left, Number) and (scaled or left.uses) else None
     return None
-
-
-def _plus(left: Value | None, right: Value | None) -> Value | None:
-    return either(left, right)
 
 
 def _times(count: Number, factor: cst.BaseExpression, value: Value | None) -> Number | None:
@@ -229,24 +203,9 @@ def _method(name: str, receiver: Value | None, given: Sequence[Value | None]) ->
     return None
 
 
-SAME_TENSOR = frozenset(
-    {
-        "detach",
-        "data",
-        "cpu",
-        "cuda",
-        "to",
-        "float",
-        "half",
-        "double",
-        "clone",
-        "contiguous",
-        "view",
-        "reshape",
-        "flatten",
-        "t",
-    }
-)
+MOVED = ("detach", "cpu", "cuda", "to", "float", "half", "double", "clone", "contiguous")
+RESHAPED = ("view", "reshape", "flatten", "t")
+SAME_TENSOR = frozenset((*MOVED, *RESHAPED))
 
 
 def _values(receiver: Each | Lookup | Store) -> Value | None:
@@ -337,35 +296,10 @@ def _whole_model(node: cst.Call) -> cst.BaseExpression | None:
     return source.func.value if isinstance(source.func, cst.Attribute) else None
 
 
-SAME_ITEMS = (
-    "list",
-    "tuple",
-    "set",
-    "frozenset",
-    "iter",
-    "sorted",
-    "reversed",
-    "deque",
-    "islice",
-    "tqdm",
-    "track",
-    "array",
-    "asarray",
-    "tensor",
-    "as_tensor",
-    "stack",
-    "int",
-    "float",
-    "abs",
-    "round",
-    "str",
-    "Decimal",
-    "int64",
-    "float64",
-    "deepcopy",
-    "copy",
-    "cast",
-)
+COLLECTED = ("list", "tuple", "set", "frozenset", "iter", "sorted", "reversed", "deque", "islice", "tqdm", "track")
+STACKED = ("array", "asarray", "tensor", "as_tensor", "stack", "deepcopy", "copy", "cast")
+ROUNDED = ("int", "float", "abs", "round", "str", "Decimal", "int64", "float64")
+SAME_ITEMS = (*COLLECTED, *STACKED, *ROUNDED)
 
 
 def _same(flow: Flow, node: cst.Call, scope: Scope) -> Handled:
