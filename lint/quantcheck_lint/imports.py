@@ -5,7 +5,7 @@ Never before the docstring or `from __future__`, never under `if TYPE_CHECKING`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import libcst as cst
 from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider
@@ -64,12 +64,21 @@ def _bound(module: cst.Module) -> set[str]:
             case cst.FunctionDef() | cst.ClassDef() | cst.Param():
                 found.add(node.name.value)
             case cst.AssignTarget() | cst.For() | cst.CompFor() | cst.NamedExpr() | cst.AnnAssign():
-                found.update(below.value for below in walk(node.target) if isinstance(below, cst.Name))
+                found.update(_names_in(node.target))
             case cst.ImportFrom() if not _is_ours(node):
                 found.update(alias.evaluated_alias or alias.evaluated_name for alias in _aliases(node))
             case cst.Import():
                 found.update(alias.evaluated_alias or alias.evaluated_name for alias in node.names)
     return found
+
+
+def _names_in(target: cst.CSTNode) -> Iterator[str]:
+    """The names that an assignment to `target` binds: attributes and items are none."""
+    if isinstance(target, cst.Name):
+        yield target.value
+    elif isinstance(target, (cst.Tuple, cst.List)):
+        for element in target.elements:
+            yield from _names_in(element.value)
 
 
 def _extended(module: cst.Module, node: cst.ImportFrom, missing: Sequence[str], at: CodeRange) -> Edit:

@@ -66,6 +66,12 @@ PLACES = [
     pytest.param("def logical_numel(p):\n    return 1\n" + USE, None, id="the name is taken by a function"),
     pytest.param("from other import logical_numel\n" + USE, None, id="the name is taken by an import"),
     pytest.param("logical_numel = None\n" + USE, None, id="the name is taken by a variable"),
+    pytest.param("a, (b, logical_numel) = f()\n" + USE, None, id="the name is taken by unpacking"),
+    pytest.param(
+        "import os\nx.logical_numel = 1\n" + USE,
+        "import os\n" + IMPORT + "x.logical_numel = 1\n" + FIXED,
+        id="an attribute takes no name",
+    ),
     pytest.param(
         "def f(model):\n    return sum(p.numel() for p in model.parameters())",
         IMPORT + "\ndef f(model):\n    return sum(logical_numel(p) for p in model.parameters())",
