@@ -130,19 +130,22 @@ def _annotate(files: Sequence[Found], options: Options) -> int:
     from quantcheck_lint.repair import annotate
     from quantcheck_lint.source import read
 
-    count = 0
+    count, failed = 0, False
     for file in files:
         try:
             data = read(file.path)
         except OSError as error:
             raise CannotCheck(file.shown, error.strerror or "cannot be read", "file") from None
-        after, added = annotate(file, data, " ".join((options.add_noqa or "").split()))
+        after, added, errors = annotate(file, data, " ".join((options.add_noqa or "").split()))
+        for what in errors:
+            say(f"error: {what}")
+            failed = True
         if after != data:
             _write(file, after)
         count += added
     if not options.quiet:
         say(f"added {count} suppression{'s' * (count != 1)}")
-    return CLEAN
+    return CANNOT_CHECK if failed else CLEAN
 
 
 def _conclude(

@@ -51,11 +51,11 @@ def apply(text: str, edits: Iterable[Edit]) -> str:
     return "".join([*parts, text[at:]])
 
 
-def require_parsable(text: str) -> None:
-    """`CannotRead` unless libcst parses `text`: a fix that breaks a file is not written."""
+def require_parsable(text: str, otherwise: str) -> None:
+    """`CannotRead` unless libcst parses `text`: what it cannot read is not edited, what a fix breaks not written."""
     import libcst as cst
 
     try:
         cst.parse_module(text)
     except cst.ParserSyntaxError as error:
-        raise CannotRead("does not parse after the fix, left as it is", "fix", error.raw_line) from None
+        raise CannotRead(otherwise, "fix", error.raw_line) from None

@@ -9,7 +9,6 @@ from quantcheck_lint import document, runner, suppressions
 from quantcheck_lint.discovery import Found
 from quantcheck_lint.finding import CannotRead, Finding
 from quantcheck_lint.fixes import fixed, require_parsable
-from quantcheck_lint.selection import wanted
 from quantcheck_lint.structure import Structure, risky
 
 ROUNDS = 10
@@ -29,7 +28,7 @@ def repair(file: Found, data: bytes, unsafe: bool) -> Repaired:
     """`data` with every fix that may be applied."""
     current, count = data, 0
     for _ in range(ROUNDS):
-        seen = _look(file, current)
+        seen = runner.look(file, current)
         chosen = [finding for finding in seen.findings if finding.fix is not None and (finding.fix.safe or unsafe)]
         if seen.document is None or not chosen:
             break
@@ -44,32 +43,29 @@ def repair(file: Found, data: bytes, unsafe: bool) -> Repaired:
     return Repaired(data, current, count, runner.check_data(file, current))
 
 
-def _look(file: Found, data: bytes) -> runner.Round:
-    rules = file.settings.rules_for(file.path)
-    chosen = wanted(data, rules)
-    if not chosen and not any(marker in data for marker in suppressions.MARKERS):
-        return runner.Round()
-    return runner.look(file, data, rules, chosen)
-
-
 def _applied(found: document.Document, findings: Sequence[Finding]) -> tuple[bytes, int]:
     source = found.source
     structure = Structure(source.text)
     if risky(structure, structure.lines):
         raise CannotRead("nested too deeply to be edited", "fix")
+    edits_code = any(finding.code != suppressions.UNUSED for finding in findings)
+    if edits_code:
+        require_parsable(source.text, "does not parse as a whole, not fixed")
     text, applied = fixed(source.text, findings, source.newline)
-    if any(finding.code != suppressions.UNUSED for finding in applied):
-        require_parsable(text)
+    if edits_code:
+        require_parsable(text, "does not parse after the fix, not fixed")
     try:
         return found.rebuilt(text), len(applied)
     except UnicodeEncodeError:
         raise CannotRead(f"cannot be written as {source.encoding}", "fix") from None
 
 
-def annotate(file: Found, data: bytes, reason: str) -> tuple[bytes, int]:
-    """`data` with a `# noqa` for every finding, and how many there were."""
-    seen = _look(file, data)
+def annotate(file: Found, data: bytes, reason: str) -> tuple[bytes, int, tuple[str, ...]]:
+    """`data` with a `# noqa` for every finding, how many there were, and what could not be checked."""
+    seen = runner.look(file, data)
+    errors = runner.outcome(file, seen).errors
     findings = [finding for finding in seen.findings if finding.code != suppressions.UNUSED]
     if seen.document is None or not findings:
-        return data, 0
-    return seen.document.rebuilt(suppressions.with_noqa(seen.document.source.text, findings, reason)), len(findings)
+        return data, 0, errors
+    text = suppressions.with_noqa(seen.document.source.text, findings, reason)
+    return seen.document.rebuilt(text), len(findings), errors

@@ -88,14 +88,19 @@ def check_file(file: Found) -> Outcome:
 
 def check_data(file: Found, data: bytes) -> Outcome:
     """The findings in the bytes of one file."""
+    return outcome(file, look(file, data))
+
+
+def look(file: Found, data: bytes) -> Round:
+    """Filter by bytes, then read and check what is left."""
     rules = file.settings.rules_for(file.path)
     chosen = wanted(data, rules)
     if not chosen and not any(marker in data for marker in suppressions.MARKERS):
-        return Outcome()
-    return outcome(file, look(file, data, rules, chosen))
+        return Round()
+    return _check(file, data, rules, chosen)
 
 
-def look(file: Found, data: bytes, rules: Sequence[Rule], chosen: Sequence[Rule]) -> Round:
+def _check(file: Found, data: bytes, rules: Sequence[Rule], chosen: Sequence[Rule]) -> Round:
     """Read and check; whatever goes wrong with one file is said about that file."""
     try:
         found = document.read(file.shown, data, file.settings.max_file_size)

@@ -167,6 +167,14 @@ def test_a_fix_that_cannot_be_encoded_is_not_written():
     assert repair(FILE, source.encode(), unsafe=True).fixed == 1
 
 
+def test_what_does_not_parse_as_a_whole_is_checked_but_not_edited():
+    source = "print 'Python 2'\n" + USE
+    done = repair(FILE, source.encode(), unsafe=True)
+    assert done.after == source.encode()
+    assert [found.code for found in done.outcome.findings] == ["QC900", "QC001"]
+    assert "does not parse as a whole, not fixed (fix)" in done.outcome.errors[0]
+
+
 def test_deep_sources_are_not_edited():
     source = "import os\nx = " + "(" * 150 + ")" * 150 + "\n" + USE
     done = repair(FILE, source.encode(), unsafe=True)
