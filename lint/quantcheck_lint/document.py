@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from quantcheck_lint import notebook
 from quantcheck_lint.finding import Finding
 from quantcheck_lint.source import Source, decode
+
+if TYPE_CHECKING:
+    from quantcheck_lint.notebook import Notebook
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,13 @@ class Script:
         return self.source.encode(text)
 
 
-Document = Script | notebook.Notebook
+Document: TypeAlias = "Script | Notebook"
 
 
 def read(path: str, data: bytes, limit: int) -> Document:
     """The document in `data`; `CannotRead` says why there is none."""
     if path.endswith(".ipynb"):
+        from quantcheck_lint import notebook
+
         return notebook.read(path, data, limit)
     return Script(decode(path, data, limit))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from quantcheck_lint import suppressions
 from quantcheck_lint.finding import CannotRead, Edit, Finding, Fix
-from quantcheck_lint.isolation import check_apart
 from quantcheck_lint.rules.rule import Detection, Rule
 from quantcheck_lint.selection import promising, select
 from quantcheck_lint.source import Source
@@ -72,13 +71,19 @@ def check(
         raise CannotRead(f"brackets are nested {deepest.depth} deep", f"limit {DEEPEST}", deepest.first + 1)
     codes = [rule.code for rule in rules]
     if not apart and risky(structure, lines):
-        return check_apart(source, codes, timeout)
+        return _check_apart(source, codes, timeout)
     try:
         return _analyse(source, structure, excerpt, rules, apart=apart)
     except RecursionError:
         if apart:
             raise
-        return check_apart(source, codes, timeout)
+        return _check_apart(source, codes, timeout)
+
+
+def _check_apart(source: Source, codes: Sequence[str], timeout: float) -> Checked:
+    from quantcheck_lint.isolation import check_apart  # rarely needed, and it imports a lot
+
+    return check_apart(source, codes, timeout)
 
 
 def _analyse(source: Source, structure: Structure, excerpt: Excerpt, rules: Sequence[Rule], *, apart: bool) -> Checked:

@@ -10,7 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 _TOKEN = re.compile(
     # One set of characters first, which makes the search fast, then what each of them begins.
@@ -21,10 +21,6 @@ _TOKEN = re.compile(
       | (?<=\\) \r?\n
       | (?<=\r) \n )?""",
     re.DOTALL | re.VERBOSE,
-)
-# What can nest without brackets, beside what the tokens above find.
-_NESTS = re.compile(
-    rf"(?:{_TOKEN.pattern})|[-+*/%@&|^~.,:]|\b(?:and|or|not|if|lambda|await|for|in)\b", re.DOTALL | re.VERBOSE
 )
 _LONG_LINE = 400
 _CONTINUES = frozenset({"else", "elif", "except", "finally", "case"})
@@ -208,13 +204,21 @@ class Structure:
         return Excerpt(text, origin, chosen)
 
 
+@cache
+def _nests() -> re.Pattern[str]:
+    """What can nest without brackets, beside the tokens above; rarely needed, so compiled when it is."""
+    return re.compile(
+        rf"(?:{_TOKEN.pattern})|[-+*/%@&|^~.,:]|\b(?:and|or|not|if|lambda|await|for|in)\b", re.DOTALL | re.VERBOSE
+    )
+
+
 def chain(text: str) -> int:
     """An upper bound on how deep the expressions of a logical line nest.
 
     Operators nest in each other until a comma starts anew, but for the commas of `lambda a, b:` and `for a, b in`.
     """
     counts, heads, total, most = [0], [0], 0, 0
-    for match in _NESTS.finditer(text):
+    for match in _nests().finditer(text):
         token = match.group()
         if token in "([{":
             counts.append(0)
