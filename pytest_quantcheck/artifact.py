@@ -177,14 +177,14 @@ def inspect(subject: Subject) -> Artifact:
     if isinstance(subject, Artifact):
         return subject
     if isinstance(subject, (str, os.PathLike)):
-        with _uncollected():
+        with uncollected():
             return _artifact(containers.open_path(subject))
     return _artifact(live_module.open_module(subject, schemes.exposers()))
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Records by the hundred thousand, and no cycle among them: the collector would walk them again and again."""
+def uncollected() -> Iterator[None]:
+    """Keep the garbage collector out: records by the hundred thousand, no cycle among them, walked again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -6,7 +6,6 @@ Exit code 0: all good, notes and warnings included. 1: findings of severity erro
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -42,9 +41,17 @@ def inspect(path: str, as_json: bool, strict: bool) -> int:
 
     PATH is a .safetensors file, an index, or a checkpoint folder. Only headers are read.
     """
+    from pytest_quantcheck.artifact import uncollected
+
+    with uncollected():
+        findings = _show(path, as_json)
+    return _exit_code(findings, strict=strict)
+
+
+def _show(path: str, as_json: bool) -> Sequence[Finding]:
+    """Print the artifact at a path and return its findings."""
     from pytest_quantcheck.artifact import inspect as inspect_path
 
-    gc.disable()  # the process ends with its answer, and there is no cycle among the records it would walk
     artifact = inspect_path(path)
     if as_json:
         from pytest_quantcheck.report.json import of_artifact
@@ -54,7 +61,7 @@ def inspect(path: str, as_json: bool, strict: bool) -> int:
         from pytest_quantcheck.report.terminal import print_artifact
 
         print_artifact(artifact)
-    return _exit_code(artifact.findings, strict=strict)
+    return artifact.findings
 
 
 @cli.command(short_help="Compare decoded values with the original.")
