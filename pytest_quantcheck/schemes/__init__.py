@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
-from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import Container, LogicalTensor, Origin, StoredTensor
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
@@ -39,16 +39,17 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
-    by_ending = _by_ending(container.tensors)
+    by_ending, by_dtype = _by_ending(container.tensors), _by_dtype(container.tensors)
     for scheme in SCHEMES:
-        for anchor in _anchors(scheme, by_ending):
+        for anchor in (*_anchors(scheme, by_ending), *_written_as(scheme, by_dtype)):
             if anchor.name not in found:
                 _take(scheme.claim(anchor, namespace), found, namespace)
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
             found[name] = plain.claim(stored, namespace)
-    return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
+    names = [name for name in container.tensors if found[name].parts[0].stored.name == name]
+    return [_as_it_was(found[name], container.origins.get(name)) for name in names]
 
 
 def _by_ending(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
@@ -63,6 +64,27 @@ def _anchors(scheme: Scheme, by_ending: Mapping[str, list[StoredTensor]]) -> Ite
     for ending, group in by_ending.items():
         if scheme.anchors and ending.endswith(scheme.anchors):
             yield from group
+
+
+def _by_dtype(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
+    found: dict[str, list[StoredTensor]] = {}
+    for stored in tensors.values():
+        found.setdefault(stored.dtype, []).append(stored)
+    return found
+
+
+def _written_as(scheme: Scheme, by_dtype: Mapping[str, list[StoredTensor]]) -> Iterable[StoredTensor]:
+    for dtype in scheme.dtypes:
+        yield from by_dtype.get(dtype, ())
+
+
+def _as_it_was(tensor: LogicalTensor, origin: Origin | None) -> LogicalTensor:
+    """The tensor under the name of the unquantized model, with what `decode` has to undo."""
+    if origin is None:
+        return tensor
+    return tensor._replace(
+        name=origin.name, paired_rows=origin.paired_rows, transposed=origin.transposed, shift=origin.shift
+    )
 
 
 def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespace: Namespace) -> None:
