@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config
+from pytest_quantcheck.schemes import (
+    bnb_4bit,
+    bnb_8bit,
+    ggml_k,
+    ggml_legacy,
+    ggml_unknown,
+    plain,
+    quantization_config,
+)
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, Origin, StoredTensor
 
@@ -13,6 +21,9 @@ from pytest_quantcheck.tensor import Container, LogicalTensor, Origin, StoredTen
 SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    ggml_legacy.SCHEME,
+    ggml_k.SCHEME,
+    ggml_unknown.SCHEME,
     plain.SCHEME,
 )
 

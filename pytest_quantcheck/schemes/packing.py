@@ -67,3 +67,42 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.embedding(codes.to(torch.int32), table)
+
+
+def halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """Return the float16 at byte `at` (even) of each block, as float32.
+
+    blocks  # (n, bytes) uint8
+    ->      # (n, 1)
+    """
+    import torch
+
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def shifted(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the `bits`-bit fields of each byte, lowest first, along a new last dimension.
+
+    packed  # (...) uint8
+    ->      # (..., 8 / bits) uint8
+
+    >>> import torch
+    >>> shifted(torch.tensor([0b11100100], dtype=torch.uint8), 2).tolist()
+    [[0, 1, 2, 3]]
+    """
+    import torch
+
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+
+
+def little_endian(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the unsigned integers of `width` bytes that are written one after the other, as int64.
+
+    packed  # (n, bytes) uint8
+    ->      # (n, bytes / width)
+    """
+    import torch
+
+    places = 8 * torch.arange(width, device=packed.device)
+    return (packed.reshape(len(packed), -1, width).to(torch.int64) << places).sum(dim=-1)
