@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -106,3 +107,17 @@ def little_endian(packed: torch.Tensor, width: int) -> torch.Tensor:
 
     places = 8 * torch.arange(width, device=packed.device)
     return (packed.reshape(len(packed), -1, width).to(torch.int64) << places).sum(dim=-1)
+
+
+def look_up_halves(packed: torch.Tensor, table: Sequence[int], values: torch.Tensor) -> None:
+    """Fill values from a table by the low nibbles of each run of bytes, then by the high ones.
+
+    packed  # (runs, bytes) uint8
+    table   # 16 entries
+    values  # (runs, 2, bytes) float32
+    """
+    import torch
+
+    entries = torch.tensor(table, dtype=torch.float32, device=packed.device)
+    pairs = look_up(packed.reshape(-1), nibble_pairs(entries, high_first=False))
+    values.copy_(pairs.view(len(packed), -1, 2).transpose(1, 2))
