@@ -40,7 +40,6 @@ _DECODER = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _MIXTRAL = {
     "ffn_gate_inp": "block_sparse_moe.gate",

@@ -6,7 +6,7 @@
                     | 4 u16: 4 x 3 of scale, 4 of d f16
     IQ2_XXS  66     d f16 | 8 x (4 rows u8 | u32: 4 x 7 of signs, 4 of scale)
     IQ2_XS   74     d f16 | 32 u16: 9 bits row, 7 of signs | 8 bytes: 16 scales of 4 bits
-    IQ2_S    82     d f16 | 32 bytes: lower 8 bits of rows | 32 bytes: signs | 8 bytes: 2 upper bits | 8 bytes: 16 scales
+    IQ2_S    82     d f16 | 32 bytes: lower 8 bits of rows | 32 bytes: signs | 8 bytes: 2 more bits | 8 bytes: 16 scales
     IQ3_XXS  98     d f16 | 64 rows u8 | 8 u32: 4 x 7 of signs, 4 of scale
     IQ3_S    110    d f16 | 64 bytes: lower 8 bits of rows | 8 bytes: ninth bits | 32 bytes: signs | 4 bytes: 8 scales
 
@@ -20,6 +20,7 @@ The grids are those of the `gguf` package, which is imported when values are ask
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import NotDecodable
@@ -131,7 +132,7 @@ def _grid_rows(name: str, rows: torch.Tensor) -> torch.Tensor:
 
 def _package_table(name: str) -> Any:
     try:
-        from gguf import quants
+        quants = importlib.import_module("gguf.quants")
     except ImportError:
         raise NotDecodable("its codebook is in the `gguf` package: pip install 'pytest-quantcheck[gguf]'") from None
     kind = getattr(quants, name)

@@ -4,9 +4,9 @@
     MXFP4  17     e E8M0 | 16 bytes: low nibbles are values 0 to 15, high nibbles 16 to 31            32 values
     NVFP4  36     4 scales UE4M3 | 4 runs of 8 bytes: low nibbles are values 0 to 7, high 8 to 15     4 groups of 16
 
-Formula, in float32: scale / 2 * TABLE[q], the table holding doubled values. MXFP4: scale 2^(e - 127), e = 0 being 2^-127
-as everywhere and e = 255 no NaN. NVFP4: scale without its sign bit, 0x7f being 0 and not NaN; the scale of the whole
-tensor is a tensor of its own, `X.scale`.
+Formula, in float32: scale / 2 * TABLE[q], the table holding doubled values. MXFP4: scale 2^(e - 127), and e = 255 is no
+NaN. NVFP4: scale without its sign bit, 0x7f being 0 and no NaN; the scale of the whole tensor is a tensor of its own,
+`X.scale`.
 Source: llama.cpp, ggml/src/ggml-common.h, ggml-impl.h and ggml-quants.c; gguf 0.19, quants.py.
 
 Departs from the package in one thing: it does not apply `X.scale`, llama.cpp does.

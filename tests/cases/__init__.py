@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -25,6 +26,7 @@ class Made:
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     tolerance: float = 0.0
+    write: Callable[[Path], Path] | None = None  # writes the artifact where it is no safetensors folder
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, plain
+    from tests.cases import bnb, ggml, plain
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES]
+    return [*plain.CASES, *bnb.CASES, *ggml.CASES]
