@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pytest_quantcheck import FormatError, inspect
 from pytest_quantcheck.checks.fidelity import compare
+from pytest_quantcheck.checks.integrity import check_intact
 from pytest_quantcheck.containers import gguf as container
 from pytest_quantcheck.containers import gguf_names
 from pytest_quantcheck.containers.gguf import REFUSED, TYPES, read_header
@@ -253,6 +254,16 @@ def test_a_vocabulary_is_stepped_over(tmp_path):
 
 
 def test_metadata_is_limited(monkeypatch):
+    """Bytes, keys, tensors and the numbers that are kept: memory does not follow what a header claims."""
+    monkeypatch.setattr(container, "KEY_LIMIT", 60)
+    monkeypatch.setattr(container, "TENSOR_LIMIT", 60)
+    monkeypatch.setattr(container, "KEPT_NUMBERS", 25)
+    with pytest.raises(FormatError, match=r"has 61 keys \(limit 60\)"):
+        parse(gguf([], [key(f"k{number}", "u8", 1) for number in range(61)]))
+    with pytest.raises(FormatError, match=r"has 61 tensors \(limit 60\)"):
+        parse(gguf([A._replace(name=f"t{number}") for number in range(61)]))
+    lists = parse(gguf([], [key(f"k{number}", "[u8]", range(10)) for number in range(50)])).values
+    assert list(lists) == ["k0", "k1"]
     monkeypatch.setattr(container, "METADATA_LIMIT", 4096)
     monkeypatch.setattr(container, "FIRST_READ", 64)
     with pytest.raises(FormatError, match=r"metadata of over 4,096 bytes \(limit 4,096\)"):
@@ -420,6 +431,17 @@ def test_codebooks_need_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
     with pytest.raises(NotDecodable, match=r"pip install 'pytest-quantcheck\[gguf\]'"):
         tensor.decode()
+
+
+def test_a_scale_that_is_not_finite_is_found(tmp_path):
+    """Scales lie between the codes: no tensor of their own to look at."""
+    good, bad = struct.pack("<e", 1.0) + bytes(16), struct.pack("<e", float("nan")) + bytes(16)
+    (tmp_path / "m.gguf").write_bytes(gguf([Tensor("a.weight", "Q4_0", (3, 32), good + bad + good)]))
+    verdict = check_intact(inspect(tmp_path))
+    assert not verdict.passed
+    assert "a.weight: 32 of 96 values are NaN or infinite" in "\n".join(verdict.details)
+    (tmp_path / "m.gguf").write_bytes(gguf([Tensor("a.weight", "Q4_0", (3, 32), 3 * good)]))
+    assert check_intact(inspect(tmp_path)).passed
 
 
 # --- names ---

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,8 +38,9 @@ METADATA_LIMIT = 64 << 20
 FIRST_READ = 1 << 20
 NAME_LIMIT = 63
 MAX_COUNT = 2**63 - 1
-# Longer values are skipped: nobody asks for a vocabulary or a chat template here.
-KEPT_TEXT, KEPT_ARRAY = 1024, 4096
+TENSOR_LIMIT = KEY_LIMIT = 100_000
+# Longer values are skipped, and lists when there are many: nobody asks for a vocabulary or a chat template here.
+KEPT_TEXT, KEPT_ARRAY, KEPT_NUMBERS = 1024, 4096, 1 << 16
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 U32, STRING, ARRAY = 4, 8, 9
@@ -169,14 +171,14 @@ def read_header(read: Read, size: int) -> Header:
     """
     cursor = _Cursor(read, size)
     _read_magic(cursor)
-    tensors, keys = cursor.count("tensors", at_least=24), cursor.count("keys", at_least=13)
+    tensors = cursor.count("tensors", at_least=24, limit=TENSOR_LIMIT)
+    keys = cursor.count("keys", at_least=13, limit=KEY_LIMIT)
     values = _read_values(cursor, keys)
     alignment = _alignment(values)
     infos = [_read_info(cursor) for _ in range(tensors)]
-    names = [info.name for info in infos]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError("appears twice in the header (names are unique)", tensor=twice)
+    for name, times in Counter(info.name for info in infos).most_common(1):
+        if times > 1:
+            raise FormatError("appears twice in the header (names are unique)", tensor=name)
     data_start = -(-cursor.at // alignment) * alignment
     placed = _place(infos, data_start, alignment, size)
     end = placed[-1].stop if placed else cursor.at
@@ -225,11 +227,13 @@ class _Cursor:
         except UnicodeDecodeError:
             raise FormatError(f"{what} is not UTF-8") from None
 
-    def count(self, what: str, *, at_least: int) -> int:
+    def count(self, what: str, *, at_least: int, limit: int) -> int:
         """Return a number of things that take `at_least` bytes each."""
         count = self.integer("q")
         if not 0 <= count <= self.size // at_least:
             raise FormatError(f"claims {count:,} {what} (a file of {self.size:,} bytes has no room for them)")
+        if count > limit:
+            raise FormatError(f"has {count:,} {what} (limit {limit:,})")
         return count
 
     def skip_texts(self, count: int) -> None:
@@ -259,6 +263,7 @@ def _read_magic(cursor: _Cursor) -> None:
 def _read_values(cursor: _Cursor, keys: int) -> Mapping[str, Value]:
     """Read the keys; values that are long, or of a kind that nobody asks for, are stepped over."""
     found: dict[str, Value | None] = {}
+    kept = 0
     for _ in range(keys):
         key = cursor.text("a key")
         if not key or key in found:
@@ -266,7 +271,9 @@ def _read_values(cursor: _Cursor, keys: int) -> Mapping[str, Value]:
         kind = cursor.integer("I")
         if key == "general.alignment" and kind != U32:
             raise FormatError(f"key `{key}` has the type {kind} (it is a u32, type {U32})")
-        found[key] = _read_value(cursor, key, kind)
+        value = _read_value(cursor, key, kind)
+        kept += len(value) if isinstance(value, tuple) else 0
+        found[key] = None if isinstance(value, tuple) and kept > KEPT_NUMBERS else value
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -466,6 +473,8 @@ def _find_model(folder: str, present: Mapping[str, int]) -> str:
         if name.endswith(".gguf"):
             match = SPLIT.match(name)
             models.setdefault(f"{match[1]} of {match[3]}" if match else name, []).append(name)
+    if not models:
+        raise FormatError("holds no weights (looked for *.gguf)", file=folder)
     if len(models) != 1:
         shown = ", ".join(sorted(names[0] for names in models.values())[:3])
         raise FormatError(f"holds {len(models)} GGUF models ({shown} ...): name one", file=folder)

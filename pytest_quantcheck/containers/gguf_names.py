@@ -62,6 +62,8 @@ _SHARED_EXPERTS = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+# StableLM 2 has a norm for each head, which the file stacks.
+_STABLELM = {name: there for name, there in _DECODER.items() if name not in ("attn_q_norm", "attn_k_norm")}
 _GPT2 = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -78,11 +80,12 @@ _GPT2 = {
 # By `general.architecture`: the prefix of a layer, and the names of the modules.
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     **dict.fromkeys(
-        ("llama", "mistral3", "granite", "smollm3", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "stablelm",
+        ("llama", "mistral3", "granite", "smollm3", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma",
          "command-r", "cohere2", "olmo", "arcee"),
         ("model.layers", _DECODER),
     ),
     **dict.fromkeys(("gemma2", "gemma3"), ("model.layers", _DECODER | _FOUR_NORMS)),
+    "stablelm": ("model.layers", _STABLELM),
     "olmo2": ("model.layers", _DECODER | _POST_NORMS),
     "phi3": ("model.layers", _DECODER | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
     "starcoder2": ("model.layers", _DECODER | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
