@@ -508,7 +508,7 @@ def as_gguf(model, arch: str, kinds: dict[str, str]) -> list[Tensor]:
             value = value + 1
         if arch == "gpt2" and module in ("c_attn", "c_proj", "c_fc") and name.endswith(".weight"):
             value = value.t()
-        kind = kinds.get(here.rpartition(".")[0].rpartition(".")[2], "F32")
+        kind = kinds.get(here.rpartition(".")[0].rpartition(".")[2], "F32") if value.ndim > 1 else "F32"
         raw = value.contiguous().numpy()
         if kind != "F32":
             raw = package.quants.quantize(raw, package.GGMLQuantizationType[kind])
@@ -559,6 +559,31 @@ def test_fidelity_is_seen_through_names_and_rows(tmp_path):
     assert comparison.passed, comparison.findings
     assert len(comparison.tensors) == len(list(model.parameters()))
     assert comparison.sqnr_db > 42
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_values_are_those_that_transformers_loads(tmp_path, arch):
+    """Differential: transformers reads the file with the package's decode, its own names and its own row order."""
+    import transformers
+
+    model = tiny_model(MODELS[arch][0], {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96})
+    numbers = {"head_count": 4, "head_count_kv": 2, "block_count": 2, "context_length": 128}
+    keys = [
+        *architecture(arch, **numbers, embedding_length=64, feed_forward_length=96, vocab_size=40),
+        key(f"{arch}.attention.key_length", "u32", 16),
+        key(f"{arch}.attention.layer_norm_rms_epsilon", "f32", 1e-6),
+        key(f"{arch}.rope.freq_base", "f32", 10000.0),
+        key("tokenizer.ggml.tokens", "[string]", [f"t{number}" for number in range(40)]),
+    ]
+    tensors = as_gguf(model, arch, {"attn_q": "Q8_0", "attn_k": "Q5_0", "ffn_up": "Q4_1", "token_embd": "F16"})
+    (tmp_path / "m.gguf").write_bytes(gguf(tensors, keys))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    artifact = inspect(tmp_path)
+    assert artifact.logical_params == sum(parameter.numel() for parameter in loaded.parameters())
+    theirs = dict(loaded.named_parameters())
+    assert {tensor.name for tensor in artifact.tensors} == set(theirs)
+    for tensor in artifact.tensors:
+        assert torch.equal(tensor.decode().view(tensor.shape), theirs[tensor.name].detach()), tensor.name
 
 
 def test_names_of_unknown_architectures_are_kept(tmp_path):
