@@ -105,6 +105,8 @@ BAD = [
     ("data-missing", gguf([A])[:-32], "truncated"),
     ("trailing-bytes", gguf([A, B]) + b"PK", "2 bytes follow"),
     ("trailing-bytes-without-tensors", gguf([]) + bytes(64), "follow"),
+    ("negative-type", with_info("a", [256], 2**32 - 1), "positive i32"),
+    ("unknown-type-of-more-values-than-bits", with_info("a", [2**40], 99), "at most 8 in a byte"),
     ("unknown-type-overlaps", gguf([Tensor("a", 99, (4,), bytes(64)), B._replace(offset=32), A._replace(offset=32)]),
      "overlaps|hole|starts"),
     ("unknown-type-then-unaligned", gguf([Tensor("a", 99, (4,), bytes(64)), B._replace(offset=33)]), "alignment"),
@@ -191,6 +193,28 @@ def test_one_changed_byte_is_refused_or_read(data):
     with contextlib.suppress(FormatError):
         header = parse(bytes(raw))
         assert all(0 <= info.start <= info.stop <= len(raw) for info in header.infos)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_is_read_the_package_reads_the_same(tmp_path_factory, data):
+    """Differential: bytes of a header changed. What we accept, GGUFReader reads the same, but for types it has not."""
+    package = pytest.importorskip("gguf")
+    raw = bytearray(gguf([A, B], [key("general.name", "string", "n"), key("tokens", "[string]", ["a", "b"])]))
+    for _ in range(data.draw(st.integers(1, 2))):
+        raw[data.draw(st.integers(8, 220))] = data.draw(st.integers(0, 255))
+    try:
+        ours = parse(bytes(raw)).infos
+    except FormatError:
+        return
+    if any(info.type not in TYPES for info in ours):
+        return
+    path = tmp_path_factory.mktemp("same") / "m.gguf"
+    path.write_bytes(raw)
+    theirs = package.GGUFReader(path).tensors
+    assert [(info.name, info.shape, info.start, info.stop) for info in ours] == [
+        (t.name, tuple(t.shape.tolist()[::-1]), t.data_offset, t.data_offset + t.n_bytes) for t in theirs
+    ]
 
 
 @given(st.binary(max_size=200))

@@ -338,6 +338,8 @@ def _read_info(cursor: _Cursor) -> Info:
 def _check_shape(name: str, kind: int, shape: tuple[int, ...]) -> None:
     if any(size < 0 for size in shape) or prod(shape) > MAX_COUNT:
         raise FormatError(f"has the shape {list(shape)} (sizes from 0, under 2^63 values in all)", tensor=name)
+    if kind >= 1 << 31:
+        raise FormatError(f"has the ggml type {kind:,} (a positive i32)", tensor=name)
     if kind in REFUSED:
         raise FormatError(f"has the ggml type {kind} ({REFUSED[kind]}), which no file may hold", tensor=name)
     block, row = DTYPES[TYPES.get(kind, UNKNOWN)].block, shape[-1] if shape else 1
@@ -354,12 +356,20 @@ def _place(infos: list[Info], data_start: int, alignment: int, size: int) -> tup
         stop = info.stop
         if info.type not in TYPES:  # it goes on to the next tensor, whatever it is
             stop = infos[number + 1].start if number + 1 < len(infos) else max(expected, size - data_start)
+            _check_density(info, stop - info.start)
         if data_start + stop > size:
             what = f"ends at byte {data_start + stop:,}, the file has {size:,}: truncated"
             raise FormatError(what, tensor=info.name)
         placed.append(info._replace(start=data_start + info.start, stop=data_start + stop))
         expected = max(expected, -(-stop // alignment) * alignment)
     return tuple(placed)
+
+
+def _check_density(info: Info, length: int) -> None:
+    """No format writes a value in less than a bit, so a type we do not know does not either."""
+    if prod(info.shape) > 8 * max(0, length):
+        what = f"claims {prod(info.shape):,} values of the unknown ggml type {info.type} in {length:,} bytes"
+        raise FormatError(f"{what} (at most 8 in a byte)", tensor=info.name)
 
 
 def _misplaced(start: int, expected: int, alignment: int) -> str:
