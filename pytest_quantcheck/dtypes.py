@@ -1,7 +1,8 @@
 """The number formats of stored tensors, under their safetensors names, and ggml's block types under ggml's.
 
 Source: safetensors 0.8 `Dtype` (safetensors/src/tensor.rs). Sub-byte types are bit streams, lowest bits first,
-and their header shape counts values, not bytes. Block types: ggml-common.h; codes and scales of a block are written
+and their header shape counts values, not bytes. Formats that only torch has keep torch's name and are in no file:
+its small integers are shells of one byte each. Block types: ggml-common.h; codes and scales of a block are written
 together, so the shape counts values there too.
 """
 
@@ -27,6 +28,14 @@ class Dtype(NamedTuple):
 def _blocks(name: str, values: int, nbytes: int) -> Dtype:
     return Dtype(name, 8 * nbytes, "block", None, values)
 
+
+LIVE_ONLY = (
+    *(Dtype(f"{sign}{bits}", 8, "int", f"{sign}{bits}") for sign in ("uint", "int") for bits in range(1, 8)),
+    Dtype("bits8", 8, "int", "bits8"),
+    Dtype("bits16", 16, "int", "bits16"),
+    Dtype("complex32", 32, "complex", "complex32"),
+    Dtype("complex128", 128, "complex", "complex128"),
+)
 
 DTYPES = {
     dtype.name: dtype
@@ -79,11 +88,13 @@ DTYPES = {
         _blocks("MXFP4", 32, 17),
         _blocks("NVFP4", 64, 36),
         _blocks("GGML_UNKNOWN", 1, 1),  # a type id that is not in the table: only its tensor's bytes are known
+        *LIVE_ONLY,
     )
 }
 
 # Bits per value, of the formats that write each value for itself.
 BITS = {dtype.name: dtype.bits for dtype in DTYPES.values() if dtype.kind != "block"}
+SAFETENSORS = frozenset(BITS) - {dtype.name for dtype in LIVE_ONLY}
 
 # `str(tensor.dtype)` of a live tensor -> the name above. A packed torch dtype holds two values per element.
 OF_TORCH = {f"torch.{dtype.torch}": dtype.name for dtype in DTYPES.values() if dtype.torch} | {

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.containers import files
-from pytest_quantcheck.dtypes import BITS
+from pytest_quantcheck.dtypes import BITS, SAFETENSORS
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.tensor import ByteClass, Container, StoredTensor
@@ -37,6 +37,7 @@ CONFIGS = (
     "hf_quant_config.json",
     "quanto_qmap.json",
     "quantization_map.json",
+    "model.safetensors.index.json.meta.json",
 )
 SHARD = re.compile(r"-\d{5,}-of-(\d{5,})\.safetensors$")
 
@@ -144,7 +145,7 @@ def _metadata(entry: object) -> Mapping[str, str]:
 
 def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
     dtype, shape, offsets = entry
-    bits = BITS.get(dtype) if type(dtype) is str else None
+    bits = BITS[dtype] if type(dtype) is str and dtype in SAFETENSORS else None
     if bits is None:
         raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from pytest_quantcheck.errors import FormatError, UnknownEncoding
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import (
+    awq_activation,
+    awq_gemm,
+    awq_gemv,
+    awq_gemv_fast,
+    bitblas,
     bnb_4bit,
     bnb_8bit,
+    exl2,
+    exl3,
     ggml_codebook,
     ggml_fp4,
     ggml_iq4,
@@ -16,16 +24,58 @@ from pytest_quantcheck.schemes import (
     ggml_low_bit,
     ggml_ternary,
     ggml_unknown,
+    gptq,
+    hqq,
+    marlin,
     plain,
+    qqq,
     quantization_config,
+    quanto_kernels,
+    quanto_qbits,
+    quanto_qbytes,
+    sinq,
+    torch_ao,
+    torchao_affine,
+    torchao_int4,
+    torchao_int4_cpu,
+    torchao_mx,
+    torchao_nf4,
+    torchao_opaque,
+    transformer_engine,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, Origin, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    exl2.SCHEME,
+    exl3.SCHEME,
+    bitblas.SCHEME,
+    qqq.SCHEME,
+    marlin.SCHEME,
+    awq_gemv_fast.SCHEME,
+    awq_gemv.SCHEME,
+    awq_gemm.SCHEME,
+    awq_activation.SCHEME,
+    gptq.SCHEME,
+    sinq.SCHEME,
+    hqq.SCHEME,
+    quanto_kernels.SCHEME,
+    quanto_qbits.SCHEME,
+    quanto_qbytes.SCHEME,
+    torchao_affine.SCHEME,
+    torchao_mx.SCHEME,
+    torchao_int4.SCHEME,
+    torchao_int4_cpu.SCHEME,
+    torchao_nf4.SCHEME,
+    torchao_opaque.SCHEME,
+    torch_ao.SCHEME,
+    transformer_engine.SCHEME,
     ggml_legacy.SCHEME,
     ggml_k.SCHEME,
     ggml_iq4.SCHEME,
@@ -57,6 +107,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
         quantization_config.find(container.configs),
         container.configs.get("config.json", {}),
         container.metadata,
+        container.configs,
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
@@ -68,7 +119,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
-            found[name] = plain.claim(stored, namespace)
+            found[name] = _of_all_ranks(plain.claim(stored, namespace))
     names = [name for name in container.tensors if found[name].parts[0].stored.name == name]
     return [_as_it_was(found[name], container.origins.get(name)) for name in names]
 
@@ -115,11 +166,23 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
         tensor = tensor._replace(transposed=True)
     if tensor.stored.role in ("adapter", "shadow"):
         tensor = tensor._replace(role=tensor.stored.role)
+    tensor = _of_all_ranks(tensor)
     for part in tensor.parts:
         if part.stored.name in found:
             other = found[part.stored.name].name
             raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
         found[part.stored.name] = tensor
+
+
+def _of_all_ranks(tensor: LogicalTensor) -> LogicalTensor:
+    """The tensor as all ranks together have it, where its parts are a shard."""
+    if tensor.stored.whole is None:
+        return tensor
+    return tensor._replace(shape=tensor.stored.whole, decoder=_decode_shard)
+
+
+def _decode_shard(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    raise NotDecodable("is sharded: this process holds only a part of it (gather it first)", tensor=tensor.name)
 
 
 def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:
