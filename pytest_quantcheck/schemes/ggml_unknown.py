@@ -1,5 +1,8 @@
 """ggml types that are not in our table: those of forks, and those that are newer than we are.
 
+    part    dtype          stored shape    packing
+    blocks  GGML_UNKNOWN   logical shape   unknown
+
 The shape is in the file whatever the type, so the tensor is counted; its bytes go up to where the next tensor starts.
 The container reports the type's number.
 """
@@ -22,5 +25,7 @@ SCHEME = Scheme(
     variants=("ggml-unknown",),
     claim=claim,
     dtypes=("GGML_UNKNOWN",),
+    source="llama.cpp gguf.cpp: shape and offset are in the file whatever the type",
+    verified="by hand",
     decoded="no",
 )
