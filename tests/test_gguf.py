@@ -626,6 +626,13 @@ def test_names_of_unknown_architectures_are_kept(tmp_path):
         assert artifact.tensor("blk.0.attn_q.weight").shape == (8, 4)  # the name in the file finds it too
 
 
+def test_a_name_is_given_once(tmp_path):
+    """A file may hold a tensor under either name; both are there, and each has a name of its own."""
+    tensors = [A._replace(name="output_norm.weight"), A._replace(name="model.norm.weight")]
+    (tmp_path / "m.gguf").write_bytes(gguf(tensors, architecture("llama")))
+    assert [tensor.name for tensor in inspect(tmp_path).tensors] == ["output_norm.weight", "model.norm.weight"]
+
+
 def test_heads_may_differ_by_layer(tmp_path):
     tensors = [Tensor(f"blk.{layer}.attn_q.weight", "F32", (8, 4)) for layer in range(2)]
     keys = [*architecture("llama"), key("llama.attention.head_count", "[i32]", [2, 1])]

@@ -452,11 +452,13 @@ def _add(tensors: dict[str, StoredTensor], file: files.File, header: Header) -> 
 
 
 def _origins(header: Header, tensors: Mapping[str, StoredTensor]) -> dict[str, Origin]:
-    origins = {}
+    """Where the tensors come from; a name that is taken already is not given a second time."""
+    origins, taken = {}, set(tensors)
     for name, stored in tensors.items():
         origin = gguf_names.origin(name, stored.shape, header.values)
-        if origin is not None:
+        if origin is not None and origin.name not in taken:
             origins[name] = origin
+            taken.add(origin.name)
     return origins
 
 

@@ -13,6 +13,7 @@ without a number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pytest_quantcheck.dtypes import DTYPES
@@ -125,6 +126,8 @@ _BARE = frozenset({"attn_sinks"})
 _BUFFERS = frozenset({"rope_freqs", "rope_factors_long", "rope_factors_short", "exp_probs_b"})
 _NO_MODEL = frozenset({"imatrix", "controlvector"})
 
+_IN_BLOCK = re.compile(r"blk\.([0-9]+)\.(.+)", re.DOTALL)
+
 Values = Mapping[str, object]
 
 
@@ -168,16 +171,14 @@ def _split(name: str) -> tuple[str, str, str]:
     (('3', 'attn_q', 'weight'), ('', 'output', 'weight'))
     """
     module, _, last = name.rpartition(".")
-    if not module.startswith("blk."):
-        return "", module, last
-    _, layer, module = module.split(".", 2) if module.count(".") > 1 else ("", "", module)
-    return layer, module, last
+    match = _IN_BLOCK.fullmatch(module)
+    return (match[1], match[2], last) if match else ("", module, last)
 
 
 def _of_layer(count: object, layer: str) -> object:
     """The number of heads of a layer: one for all, or a list."""
     if isinstance(count, tuple):
-        return count[int(layer)] if layer.isdecimal() and int(layer) < len(count) else None
+        return count[int(layer)] if layer and int(layer) < len(count) else None
     return count
 
 
