@@ -144,8 +144,8 @@ class Artifact:
             if tensor.role in ("tied", "shadow"):
                 found["dead"] += tensor.nbytes
                 continue
-            for part in tensor.parts:
-                found[part.kind] += part.stored.nbytes
+            for kind, size in tensor.bytes.items():
+                found[kind] += size
         return found
 
     @cached_property
