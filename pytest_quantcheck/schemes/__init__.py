@@ -70,7 +70,7 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
         return
     if _was_conv1d(tensor, namespace):
         tensor = tensor._replace(transposed=True)
-    if tensor.stored.role in ("adapter", "shadow"):
+    if tensor.stored.role in ("adapter", "shadow", "tied"):
         tensor = tensor._replace(role=tensor.stored.role)
     for part in tensor.parts:
         if part.stored.name in found:
