@@ -128,7 +128,7 @@ class _Machine:
 
     def run(self) -> None:
         for _ in range(OPCODE_LIMIT):
-            opcode = self.take(1)[0]
+            opcode = self.byte()
             if opcode == 0x2E:  # STOP
                 return
             step = _STEPS.get(opcode)
@@ -145,6 +145,15 @@ class _Machine:
         piece = self.raw[self.at : stop]
         self.at = stop
         return piece
+
+    def byte(self) -> int:
+        """Return the next byte as a number."""
+        at = self.at
+        self.at = at + 1
+        try:
+            return self.raw[at]
+        except IndexError:
+            raise FormatError("ends before its last opcode: truncated") from None
 
     def number(self, width: int) -> int:
         """Return the next unsigned little-endian number."""
@@ -177,9 +186,9 @@ class _Machine:
         return self.stack.pop()
 
     def top(self) -> Any:
-        value = self.pop()
-        self.stack.append(value)
-        return value
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise FormatError("takes a value from an empty stack")
+        return self.stack[-1]
 
     def pop_mark(self) -> list[Any]:
         if not self.marks:
@@ -205,7 +214,11 @@ class _Machine:
         self.stack.append(self.memo[index])
 
     def tuple_of(self, count: int) -> None:
-        self.push(tuple([self.pop() for _ in range(count)][::-1]))
+        if len(self.stack) - count < (self.marks[-1] if self.marks else 0):
+            raise FormatError("takes a value from an empty stack")
+        values = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        self.push(values)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top()
@@ -266,7 +279,7 @@ class _Machine:
             raise FormatError(f"a frame of {size:,} bytes, {len(self.raw) - self.at:,} are left: truncated")
 
     def protocol(self) -> None:
-        version = self.number(1)
+        version = self.byte()
         if not 2 <= version <= 5:
             raise FormatError(f"protocol {version} (2 to 5)")
 
@@ -298,17 +311,17 @@ _STEPS: dict[int, _Step] = {
     0x88: lambda m: m.stack.append(True),
     0x89: lambda m: m.stack.append(False),
     ord("J"): lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),
-    ord("K"): lambda m: m.stack.append(m.number(1)),
+    ord("K"): lambda m: m.stack.append(m.byte()),
     ord("M"): lambda m: m.push(m.number(2)),
-    0x8A: lambda m: _long(m, m.number(1)),
+    0x8A: lambda m: _long(m, m.byte()),
     0x8B: lambda m: _long(m, m.number(4)),
     ord("G"): lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
     ord("X"): lambda m: m.push(m.text(m.number(4))),
-    0x8C: lambda m: m.push(m.text(m.number(1))),
+    0x8C: lambda m: m.push(m.text(m.byte())),
     0x8D: lambda m: m.push(m.text(m.number(8))),
-    ord("U"): lambda m: m.push(m.text(m.number(1))),
+    ord("U"): lambda m: m.push(m.text(m.byte())),
     ord("T"): lambda m: m.push(m.text(m.number(4))),
-    ord("C"): lambda m: m.push(bytes(m.take(m.number(1)))),
+    ord("C"): lambda m: m.push(bytes(m.take(m.byte()))),
     ord("B"): lambda m: m.push(bytes(m.take(m.number(4)))),
     0x8E: lambda m: m.push(bytes(m.take(m.number(8)))),
     0x96: lambda m: m.push(bytes(m.take(m.number(8)))),
@@ -326,10 +339,10 @@ _STEPS: dict[int, _Step] = {
     0x90: lambda m: m.append(m.pop_mark()),
     ord("s"): _set_item,
     ord("u"): lambda m: m.set_items(m.pop_mark()),
-    ord("q"): lambda m: m.put(m.number(1)),
+    ord("q"): lambda m: m.put(m.byte()),
     ord("r"): lambda m: m.put(m.number(4)),
     0x94: lambda m: m.put(len(m.memo)),
-    ord("h"): lambda m: m.get(m.number(1)),
+    ord("h"): lambda m: m.get(m.byte()),
     ord("j"): lambda m: m.get(m.number(4)),
     ord("c"): lambda m: m.global_named(m.line(), m.line()),
     0x93: _Machine.stack_global,
@@ -344,10 +357,10 @@ def _storage(pid: object) -> Storage:
     """What torch's persistent id says: ('storage', type, key, location, elements), in old files a view of one too."""
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
         raise FormatError("a persistent id that is no storage")
-    _, cls, key, _, elements = pid[:5]
+    _, cls, key, location, elements = pid[:5]
     dtype = _storage_dtype(cls)
-    if dtype is None or not isinstance(key, str) or not _is_size(elements):
-        raise FormatError("a storage without a type, a key or a size")
+    if dtype is None or not isinstance(key, str) or not isinstance(location, str) or not _is_size(elements):
+        raise FormatError("a storage without a type, a key, a location or a size")
     if len(pid) == 6 and pid[5] is not None:
         raise FormatError(f"storage `{key[:200]}` is a view of another (torch before 0.4): not read")
     return Storage(dtype, key, elements)

@@ -190,6 +190,8 @@ def _stored(name: str, tensor: Tensor, checkpoint: Checkpoint) -> StoredTensor:
     logical = (*shape[:-1], 2 * shape[-1]) if tensor.dtype == "float4_e2m1fn_x2" and shape else shape
     storage = checkpoint.storages[tensor.storage.key]
     swap = width // 2 if dtype == "C64" else width
+    if not all(shape):
+        return StoredTensor(name, dtype, logical, 0, storage)  # its offset may lie anywhere
     if is_contiguous(shape, tensor.strides) and (swap == 1 or not checkpoint.big_endian):
         return StoredTensor(name, dtype, logical, 0, storage, tensor.offset * width)
     strides = tuple(step * width for step in tensor.strides)

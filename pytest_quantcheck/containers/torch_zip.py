@@ -33,7 +33,7 @@ NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|trainer_state|rng_state|random_states)[-.\w]*\.(bin|pt|pth|ckpt)"
 )
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+LEGACY_START = b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")  # after the protocol and, from 4 on, a frame
 LEGACY_PROTOCOL = 1001
 BOOKKEEPING = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
 BIGGEST_RECORD = 1 << 10
@@ -53,10 +53,10 @@ def open_container(path: str) -> Container:
 
 def read_checkpoint(file: files.File) -> Checkpoint:
     """Return what a torch file holds, nothing of it run; raises `FormatError` for anything else."""
-    start = bytes(file.read(0, min(len(LEGACY_START), file.size)))
+    start = bytes(file.read(0, min(24, file.size)))
     if start[:2] == b"PK":
         return _read_zip(file)
-    if start == LEGACY_START:
+    if start[:1] == b"\x80" and LEGACY_START in start:
         return _read_legacy(file)
     raise FormatError("neither a zip file nor a legacy torch file (that is how torch.save writes)")
 

@@ -29,6 +29,7 @@ END = struct.Struct("<4s4H2IH")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR = struct.Struct("<4sIQI")
 DESCRIPTOR, UTF8 = 0x0008, 0x0800
+FOLDER = 0x10  # of the external attributes
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
 
 
@@ -123,13 +124,33 @@ def _entry(raw: bytearray, at: int) -> tuple[_Entry, int]:
     if at + CENTRAL.size > len(raw):
         raise FormatError("zip directory is truncated")
     fields = CENTRAL.unpack_from(raw, at)
-    signature, _, _, flags, method, _, _, crc, stored, size, name_length, extra, comment, disk, _, _, header = fields
+    (
+        signature,
+        _,
+        _,
+        flags,
+        method,
+        _,
+        _,
+        crc,
+        stored,
+        size,
+        name_length,
+        extra,
+        comment,
+        disk,
+        _,
+        attributes,
+        header,
+    ) = fields
     at += CENTRAL.size
     raw_name = bytes(raw[at : at + name_length])
     stop = at + name_length + extra + comment
     if signature != b"PK\1\2" or stop > len(raw) or disk or comment:
         raise FormatError("zip directory is broken")
     name = _name(raw_name)
+    if attributes & FOLDER or name.endswith("/"):
+        raise FormatError(f"zip member `{name[:200]}` is marked as a folder (torch would read nothing)")
     if method or flags & ~(DESCRIPTOR | UTF8):
         what = f"compressed (method {method})" if method else f"encrypted or odd (flags 0x{flags:04x})"
         raise FormatError(f"zip member `{name[:200]}` is {what}; torch stores members as they are")
