@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config
+from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config, tflite_affine
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
+    tflite_affine.SCHEME,
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
     plain.SCHEME,
