@@ -278,6 +278,44 @@ def test_nothing_is_imported_for_listing(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_tied_head_with_a_bias_of_its_own_is_no_mismatch(tmp_path):
+    weight = torch.randn(31, 8)
+    state = {"model.embed_tokens.weight": weight, "lm_head.weight": weight, "lm_head.bias": torch.ones(31)}
+    save(tmp_path / "pytorch_model.bin", state)
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    artifact = inspect(tmp_path)
+    assert (artifact.logical_params, artifact.tied_params, artifact.findings) == (31 * 8 + 31, 31 * 8, ())
+
+
+def test_storages_over_4_gib_are_read_where_they_are(tmp_path):
+    """Sparse: memory and disk that nobody touches. The zip records then have 64 bits."""
+    path = tmp_path / "a.bin"
+    with torch.serialization.skip_data():
+        save(path, {"a": torch.empty(5 << 30, dtype=torch.uint8).view(torch.float16), "b": torch.empty(3, 4)})
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo("a/data/1").header_offset
+    raw = struct.pack("<12f", *range(12))
+    with open(path, "r+b") as file:
+        file.seek(at + 26)
+        name, extra = struct.unpack("<2H", file.read(4))
+        file.seek(at + 30 + name + extra)
+        file.write(raw)
+    artifact = inspect(path)
+    assert artifact.logical_params == (5 << 29) + 12
+    assert sum(artifact.bytes.values()) == artifact.file_bytes > 5 << 30
+    assert torch.equal(artifact.tensor("b").decode(), torch.arange(12.0).view(3, 4))
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    path = hostile(tmp_path / "evil.bin", pickle.dumps(Evil(os.system, f"touch {tmp_path}/pwned"), 2))
+    command = [sys.executable, "-m", "pytest_quantcheck", "inspect", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"quantcheck: error: {path}: pickle: names `posix.system`")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "pwned").exists()
+
+
 # Strictness.
 
 
