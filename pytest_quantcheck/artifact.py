@@ -51,7 +51,7 @@ class SchemeTotal(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A live model, a file or a checkpoint folder, as the logical tensors of the unquantized model.
 
@@ -66,6 +66,10 @@ class Artifact:
     aliases: Mapping[str, str] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+
+    def __repr__(self) -> str:
+        size = f"{self.logical_params:,} parameters in {len(self.tensors):,} tensors"
+        return f"<Artifact {self.source!r} ({self.container}): {size}>"
 
     @cached_property
     def parameters(self) -> tuple[LogicalTensor, ...]:
@@ -102,8 +106,8 @@ class Artifact:
     @cached_property
     def tied_params(self) -> int:
         """The logical parameters that appear a second time, under another name, and are not counted again."""
-        by_stored = {tensor.stored.name: tensor for tensor in self.parameters}
-        aliased = sum(by_stored[first].params for first in self.aliases.values() if first in by_stored)
+        by_name = {tensor.name: tensor for tensor in self.parameters}
+        aliased = sum(by_name[first].params for first in self.aliases.values() if first in by_name)
         return aliased + sum(tensor.params for tensor in self.tensors if tensor.role == "tied")
 
     @cached_property
@@ -204,6 +208,8 @@ def _artifact(container: Container) -> Artifact:
         tensors = schemes.logical_tensors(container)
     except FormatError as error:
         raise error.at(file=container.source) from None
+    logical = {tensor.stored.name: tensor.name for tensor in tensors}
+    aliases = {alias: logical.get(first, first) for alias, first in container.aliases.items()}
     tensors, findings = _mark_tied_head(tensors, container)
     return Artifact(
         container.source,
@@ -211,7 +217,7 @@ def _artifact(container: Container) -> Artifact:
         tuple(tensors),
         container.file_bytes,
         container.overhead,
-        container.aliases,
+        aliases,
         container.configs,
         (*container.findings, *findings),
     )

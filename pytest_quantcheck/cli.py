@@ -32,7 +32,7 @@ def cli() -> None:
     """The test kit for quantized models: logical parameter counts, dequantization fidelity and sizes."""
 
 
-@cli.command()
+@cli.command(short_help="Count and weigh every tensor of a checkpoint.")
 @click.argument("path", type=click.Path())
 @json_option
 @strict_option
@@ -55,7 +55,7 @@ def inspect(path: str, as_json: bool, strict: bool) -> int:
     return _exit_code(artifact.findings, strict=strict)
 
 
-@cli.command()
+@cli.command(short_help="Compare decoded values with the original.")
 @click.argument("path", type=click.Path())
 @click.argument("reference", type=click.Path())
 @json_option
@@ -85,7 +85,10 @@ def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db:
     return _exit_code(comparison.findings, strict=strict)
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@cli.command(
+    short_help="Flag naive parameter counts in source code.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lint(arguments: tuple[str, ...]) -> int:
     """Flag naive parameter counts in source code: the same as `quantcheck-lint`."""

@@ -1,7 +1,8 @@
 """The number formats of stored tensors, under their safetensors names.
 
 Source: safetensors 0.8 `Dtype` (safetensors/src/tensor.rs). Sub-byte types are bit streams, lowest bits first,
-and their header shape counts values, not bytes.
+and their header shape counts values, not bytes. Formats that only torch has keep torch's name and are in no file:
+its small integers are shells of one byte each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ class Dtype(NamedTuple):
     kind: str  # float, int, bool, complex
     torch: str | None
 
+
+LIVE_ONLY = (
+    *(Dtype(f"{sign}{bits}", 8, "int", f"{sign}{bits}") for sign in ("uint", "int") for bits in range(1, 8)),
+    Dtype("bits8", 8, "int", "bits8"),
+    Dtype("bits16", 16, "int", "bits16"),
+    Dtype("complex32", 32, "complex", "complex32"),
+    Dtype("complex128", 128, "complex", "complex128"),
+)
 
 DTYPES = {
     dtype.name: dtype
@@ -46,10 +55,12 @@ DTYPES = {
         Dtype("F64", 64, "float", "float64"),
         Dtype("I64", 64, "int", "int64"),
         Dtype("U64", 64, "int", "uint64"),
+        *LIVE_ONLY,
     )
 }
 
 BITS = {dtype.name: dtype.bits for dtype in DTYPES.values()}
+SAFETENSORS = frozenset(BITS) - {dtype.name for dtype in LIVE_ONLY}
 
 # `str(tensor.dtype)` of a live tensor -> the name above. A packed torch dtype holds two values per element.
 OF_TORCH = {f"torch.{dtype.torch}": dtype.name for dtype in DTYPES.values() if dtype.torch} | {

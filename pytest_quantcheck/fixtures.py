@@ -41,7 +41,7 @@ def quant_device(request: pytest.FixtureRequest) -> str:
     require_gpu = config.getoption("quantcheck_require_gpu") or config.getini("quantcheck_require_gpu")
     if device.missing and not require_gpu:
         pytest.skip(f"quantcheck: {device.missing}")
-    if device.missing or (require_gpu and not device.is_accelerator):
+    if device.missing or (require_gpu and wanted == devices.AUTO and not device.is_accelerator):
         reason = device.missing or f"the best device is `{device.name}`"
         pytest.fail(f"quantcheck: a GPU is required (--quantcheck-require-gpu), but {reason}", pytrace=False)
     return device.name
@@ -60,6 +60,8 @@ def load_quantized(request: pytest.FixtureRequest, quant_device: str) -> Callabl
         if not callable(source):
             _require("transformers", "hf")
             source = _resolve(source, request)
+            if not os.path.isdir(source):
+                pytest.fail(f"quantcheck: {source}: no such checkpoint folder", pytrace=False)
         return loader.load(source, quant_device, **options)
 
     return load
@@ -79,11 +81,15 @@ def quantized_model(request: pytest.FixtureRequest, load_quantized: Callable[...
 def quantized_checkpoint(request: pytest.FixtureRequest) -> Artifact:
     """The checkpoint of `@pytest.mark.quantized(path)` by its headers: no weights are read, no torch is needed."""
     from pytest_quantcheck.artifact import inspect
+    from pytest_quantcheck.errors import FormatError
 
     source, _ = _marked(request)
     if callable(source):
         pytest.fail("quantized_checkpoint needs a path in @pytest.mark.quantized, not a factory", pytrace=False)
-    return inspect(_resolve(source, request))
+    try:
+        return inspect(_resolve(source, request))
+    except FormatError as error:
+        pytest.fail(f"quantcheck: {error}", pytrace=False)
 
 
 def model_key(item: pytest.Item) -> object:

@@ -10,10 +10,12 @@ from decimal import Decimal
 
 _SI = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _IEC = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+# Commas stand between groups of three; underscores where Python has them.
+_NUMBER = r"\s*((?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?)\s*"
+_SIZE = re.compile(_NUMBER + r"([KMGT]?i?B)\s*", re.IGNORECASE)
 
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_COUNT = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([KMBT]?)\s*", re.IGNORECASE)
+_COUNT = re.compile(_NUMBER + r"([KMBT]?)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
@@ -46,7 +48,7 @@ def parse_count(text: str) -> tuple[Decimal, Decimal]:
     """Return a written count and half a unit of its last written digit.
 
     >>> parse_count("7.24B")
-    (Decimal('7240000000.00'), Decimal('5000000.000'))
+    (Decimal('7240000000.00'), Decimal('5000000.00'))
     """
     match = _COUNT.fullmatch(text)
     if match is None:

@@ -53,8 +53,9 @@ class StoredTensor(NamedTuple):
     """One tensor of a container, as stored.
 
     `dtype` is the safetensors name; `shape` counts values, also where several share a byte (F4, F6).
-    `nbytes` is what it weighs: a live part that several weights share weighs nothing the second time.
-    `role` and `requires_grad` are known for live modules only.
+    `nbytes` is what it weighs: a live part that several weights share weighs nothing the second time, and of a sharded
+    tensor only what is here. `role` and `requires_grad` are known for live modules only. `whole` is the shape of the
+    weight that all ranks have together where the stored parts are a shard of it.
     """
 
     name: str
@@ -65,6 +66,7 @@ class StoredTensor(NamedTuple):
     offset: int = 0
     role: Role | None = None
     requires_grad: bool | None = None
+    whole: tuple[int, ...] | None = None
 
     @property
     def elements(self) -> int:

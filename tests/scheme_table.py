@@ -29,7 +29,8 @@ def saved(made: Made, folder: Path) -> Path:
     """Write what a row makes as a checkpoint folder."""
     tensors = {name: tensor.contiguous().clone() for name, tensor in (made.tensors or {}).items()}
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"} | made.metadata)
-    (folder / "config.json").write_text(json.dumps(made.config))
+    for name, content in {"config.json": made.config, **made.files}.items():
+        (folder / name).write_text(json.dumps(content))
     return folder
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import safetensors.torch
 import torch
 
-from pytest_quantcheck import inspect
+from pytest_quantcheck import NotDecodable, inspect
 from tests.cases import Case, Made, all_cases
 
 CASES = all_cases()
@@ -37,7 +38,8 @@ def artifact(request, made, case, tmp_path):
         pytest.skip("this layout is not saved")
     tensors = {name: tensor.contiguous().clone() for name, tensor in content.tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"} | content.metadata)
-    (tmp_path / "config.json").write_text(json.dumps(content.config))
+    for name, json_content in {"config.json": content.config, **content.files}.items():
+        (tmp_path / name).write_text(json.dumps(json_content))
     return inspect(tmp_path)
 
 
@@ -61,17 +63,23 @@ def test_bytes_add_up(case, artifact):
 
 @each_case
 def test_decodes_what_the_library_decodes(case, artifact, made):
+    if made(case).values is None:
+        with pytest.raises(NotDecodable, match=re.escape(artifact.tensor(case.name).name)):
+            artifact.tensor(case.name).decode()
+        return
     expected = made(case).values.to(torch.float32).reshape(-1, case.shape[-1])
     decoded = artifact.tensor(case.name).decode()
     assert decoded.dtype == torch.float32
     same = torch.nan_to_num(decoded), torch.nan_to_num(expected)
     assert torch.equal(decoded.isnan(), expected.isnan())
-    limit = made(case).tolerance * expected.abs().max()
+    limit = made(case).tolerance * same[1].abs().max()
     assert (same[0] - same[1]).abs().max() <= limit
 
 
 @each_case
-def test_windows_equal_the_whole(case, artifact):
+def test_windows_equal_the_whole(case, artifact, made):
+    if made(case).values is None:
+        pytest.skip("counted and weighed only")
     tensor = artifact.tensor(case.name)
     windows = [tensor.decode(start, stop) for start, stop in tensor.windows(elements=5 * tensor.columns)]
     assert torch.equal(torch.cat(windows).nan_to_num(), tensor.decode().nan_to_num())

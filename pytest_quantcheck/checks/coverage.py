@@ -96,8 +96,10 @@ def _check(artifact: Artifact, patterns: Patterns, *, quantized: bool) -> Verdic
     wrong = [tensor for tensor in selected.values() if tensor.quantized is not quantized]
     state = "quantized" if quantized else "left unquantized"
     total = counted(len(selected), "tensor")
-    headline = f"{len(selected) - len(wrong):,} of {total} that {_listed(patterns)} matches are {state}"
-    return Verdict(check, not wrong, headline, tuple(_largest(wrong)))
+    verb = "matches" if len(patterns) == 1 else "match"
+    headline = f"{len(selected) - len(wrong):,} of {total} that {_listed(patterns)} {verb} are {state}"
+    title = "not quantized:" if quantized else "quantized:"
+    return Verdict(check, not wrong, headline, (title, *(f"  {line}" for line in _largest(wrong))))
 
 
 def _listed(patterns: list[str]) -> str:

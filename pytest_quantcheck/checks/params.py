@@ -119,7 +119,10 @@ def _parts_of(artifact: Artifact) -> list[str]:
         f"{stack}.0 to {max(by_index)}: {sum(by_index.values()):,} in {len(by_index)} layers"
         for stack, by_index in stacks.items()
     ]
-    outside = [t for t in artifact.parameters if not any(t.name.startswith(f"{stack}.") for stack in stacks)]
+    if artifact.adapter_params:
+        lines.append(f"adapters: {artifact.adapter_params:,}")
+    own = [tensor for tensor in artifact.parameters if tensor.role == "parameter"]
+    outside = [t for t in own if not any(t.name.startswith(f"{stack}.") for stack in stacks)]
     outside.sort(key=lambda tensor: -tensor.params)
     return ["counted:", *(f"  {line}" for line in worst([*lines, *map(named, outside)]))]
 
@@ -133,6 +136,8 @@ def _frozen(artifact: Artifact, target: _Target, measured: int) -> list[str]:
     ]
     if packed and target.holds(measured + packed):
         lines.append("the expected number counts the packed weights as trainable, as they were before quantization")
+    if packed and chosen and target.holds(measured + packed + chosen):
+        lines.append("the expected number is that of all parameters, frozen ones included")
     if chosen and target.holds(measured + chosen):
         lines.append("the expected number counts weights that were frozen by choice")
     if artifact.adapter_params and target.holds(artifact.adapter_params):

@@ -18,14 +18,35 @@ from math import prod
 from typing import Any, NamedTuple
 
 from pytest_quantcheck import strict_json
+<<<<<<< HEAD
 from pytest_quantcheck.containers import files, folders
 from pytest_quantcheck.dtypes import BITS
+=======
+from pytest_quantcheck.containers import files
+from pytest_quantcheck.dtypes import BITS, SAFETENSORS
+>>>>>>> main
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container, StoredTensor
 
 HEADER_LIMIT = 100_000_000
 MAX_COUNT = 2**63 - 1
 
+<<<<<<< HEAD
+=======
+# JSON files beside the weights that say how they are encoded.
+CONFIGS = (
+    "config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quanto_qmap.json",
+    "quantization_map.json",
+    "model.safetensors.index.json.meta.json",
+)
+SHARD = re.compile(r"-\d{5,}-of-(\d{5,})\.safetensors$")
+
+>>>>>>> main
 Read = Callable[[int, int], bytes | bytearray]
 
 
@@ -123,7 +144,7 @@ def _metadata(entry: object) -> Mapping[str, str]:
 
 def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
     dtype, shape, offsets = entry
-    bits = BITS.get(dtype) if type(dtype) is str else None
+    bits = BITS[dtype] if type(dtype) is str and dtype in SAFETENSORS else None
     if bits is None:
         raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:

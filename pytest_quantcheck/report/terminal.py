@@ -47,7 +47,9 @@ def print_comparison(comparison: Comparison) -> None:
     console = _console()
     equal = [row for row in comparison.tensors if row.scheme == "plain" and not row.noise and not row.faults]
     rows = [row for row in comparison.tensors if row not in equal]
-    if console is None or len(rows) > MANY:
+    if not rows:
+        pass
+    elif console is None or len(rows) > MANY:
         _print_columns(header, map(_fidelity_cells, rows))
     else:
         styles = ["red" if row.faults else "dim" if row.scheme == "plain" else "" for row in rows]

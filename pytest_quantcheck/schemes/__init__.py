@@ -3,17 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import bnb_4bit, bnb_8bit, plain, quantization_config, tflite_affine
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
+from pytest_quantcheck.schemes import (
+    awq_activation,
+    awq_gemm,
+    awq_gemv,
+    awq_gemv_fast,
+    bitblas,
+    bnb_4bit,
+    bnb_8bit,
+    exl2,
+    exl3,
+    gptq,
+    hqq,
+    marlin,
+    plain,
+    qqq,
+    quantization_config,
+    quanto_kernels,
+    quanto_qbits,
+    quanto_qbytes,
+    sinq,
+    tflite_affine,
+    torch_ao,
+    torchao_affine,
+    torchao_int4,
+    torchao_int4_cpu,
+    torchao_mx,
+    torchao_nf4,
+    torchao_opaque,
+    transformer_engine,
+)
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
     tflite_affine.SCHEME,
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    exl2.SCHEME,
+    exl3.SCHEME,
+    bitblas.SCHEME,
+    qqq.SCHEME,
+    marlin.SCHEME,
+    awq_gemv_fast.SCHEME,
+    awq_gemv.SCHEME,
+    awq_gemm.SCHEME,
+    awq_activation.SCHEME,
+    gptq.SCHEME,
+    sinq.SCHEME,
+    hqq.SCHEME,
+    quanto_kernels.SCHEME,
+    quanto_qbits.SCHEME,
+    quanto_qbytes.SCHEME,
+    torchao_affine.SCHEME,
+    torchao_mx.SCHEME,
+    torchao_int4.SCHEME,
+    torchao_int4_cpu.SCHEME,
+    torchao_nf4.SCHEME,
+    torchao_opaque.SCHEME,
+    torch_ao.SCHEME,
+    transformer_engine.SCHEME,
     plain.SCHEME,
 )
 
@@ -37,6 +93,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
         quantization_config.find(container.configs),
         container.configs.get("config.json", {}),
         container.metadata,
+        container.configs,
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
@@ -48,7 +105,7 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
-            found[name] = plain.claim(stored, namespace)
+            found[name] = _of_all_ranks(plain.claim(stored, namespace))
     return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
 
 
@@ -73,11 +130,23 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
         tensor = tensor._replace(transposed=True)
     if tensor.stored.role in ("adapter", "shadow", "tied"):
         tensor = tensor._replace(role=tensor.stored.role)
+    tensor = _of_all_ranks(tensor)
     for part in tensor.parts:
         if part.stored.name in found:
             other = found[part.stored.name].name
             raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
         found[part.stored.name] = tensor
+
+
+def _of_all_ranks(tensor: LogicalTensor) -> LogicalTensor:
+    """The tensor as all ranks together have it, where its parts are a shard."""
+    if tensor.stored.whole is None:
+        return tensor
+    return tensor._replace(shape=tensor.stored.whole, decoder=_decode_shard)
+
+
+def _decode_shard(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    raise NotDecodable("is sharded: this process holds only a part of it (gather it first)", tensor=tensor.name)
 
 
 def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:

@@ -196,7 +196,7 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     """Show a 4-bit module or parameter as it would be saved, its quantization state found wherever it still is."""
     if name:
         return _show(name, owner, getattr(owner, "quant_state", None))
-    weight = owner._parameters.get("weight")
+    weight = getattr(owner, "weight", None)  # no parameter where FSDP has flattened it
     if weight is None:
         return None
     state = getattr(weight, "quant_state", None) or getattr(owner, "quant_state", None)
@@ -304,10 +304,10 @@ def _check(tensor: LogicalTensor, layout: Layout) -> None:
 
 def _check_codes(weight: StoredTensor, params: int) -> None:
     bits = BITS[weight.dtype]
-    wanted = -(-4 * params // bits) * bits // 8
-    if weight.nbytes != wanted:
+    wanted, stored = -(-4 * params // bits) * bits // 8, weight.elements * bits // 8
+    if stored != wanted:
         rule = f"{wanted:,} for {params:,} values in {weight.dtype}"
-        raise FormatError(f"has {weight.nbytes:,} bytes of 4-bit codes ({rule})", tensor=weight.name)
+        raise FormatError(f"has {stored:,} bytes of 4-bit codes ({rule})", tensor=weight.name)
 
 
 def _pending(weight: StoredTensor, state: StoredTensor) -> LogicalTensor:

@@ -67,3 +67,141 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.embedding(codes.to(torch.int32), table)
+
+
+def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first `count` codes of each row of integer words, read as one stream, lowest bits first, as int32.
+
+    `bits` is at most 8, and codes may straddle words of any width.
+
+    words  # (..., n)
+    ->     # (..., count)
+
+    >>> import torch
+    >>> unpack_words(torch.tensor([[0x76543210]], dtype=torch.int32), 4, 8)
+    tensor([[0, 1, 2, 3, 4, 5, 6, 7]], dtype=torch.int32)
+    """
+    import torch
+
+    flat = words.contiguous().view(-1).view(torch.uint8)
+    raw = flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+    if bits in (1, 2, 4, 8):
+        shifts = torch.arange(0, 8, bits, device=raw.device, dtype=torch.uint8)
+        codes = (raw.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+        return codes.flatten(-2)[..., :count].to(torch.int32)
+    at = torch.arange(count, device=raw.device) * bits
+    low = at // 8
+    high = (low + 1).clamp_(max=raw.shape[-1] - 1)
+    pair = raw[..., low].to(torch.int32) | (raw[..., high].to(torch.int32) << 8)
+    return (pair >> (at % 8).to(torch.int32)) & ((1 << bits) - 1)
+
+
+def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return columns `start` up to `stop` of a stored matrix; row by row where the whole would be much more.
+
+    stored  # (rows, columns)
+    ->      # (rows, stop - start)
+    """
+    import torch
+
+    rows, columns = stored.shape
+    if stored.nbytes < 1 << 22 or 8 * (stop - start) > columns:
+        return stored.load(device=device).view(rows, columns)[:, start:stop]
+    return torch.stack([stored.load(row * columns + start, row * columns + stop, device) for row in range(rows)])
+
+
+def grid_rows(
+    stored: StoredTensor, shape: tuple[int, ...], grid: tuple[int, ...], rows: range, device: str
+) -> torch.Tensor:
+    """Return the values of a grid of equal blocks over a tensor, for some rows of it, as float32.
+
+    shape   # (..., columns); all dimensions but the last are rows
+    grid    # as many dimensions, each a divisor of the one in `shape`
+    stored  # values of the grid, row-major
+    ->      # (len(rows), grid[-1])
+    """
+    import torch
+
+    rest = torch.arange(rows.start, rows.stop, device=device)
+    row, stride = torch.zeros_like(rest), 1
+    for size, blocks in zip(reversed(shape[:-1]), reversed(grid[:-1]), strict=True):
+        row += rest % size // (size // blocks) * stride
+        rest, stride = rest // size, stride * blocks
+    if not rows:
+        return torch.empty((0, grid[-1]), device=device)
+    low, high = int(row.min()), int(row.max()) + 1
+    values = stored.load(low * grid[-1], high * grid[-1], device).to(torch.float32)
+    return values.view(high - low, grid[-1])[row - low]
+
+
+def by_column_block(values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return a view of rows of values beside their column blocks, ready to be combined in place.
+
+    values   # (rows, columns)
+    factors  # (rows, blocks)
+    ->       # (rows, blocks, columns / blocks) and the factors take [..., None]
+    """
+    return values.view(*factors.shape, values.shape[-1] // factors.shape[-1])
+
+
+def unswizzled_rows(
+    stored: StoredTensor, columns: int, start: int, stop: int, device: str, *, offset: int = 0
+) -> torch.Tensor:
+    """Return rows `start` up to `stop` of block scales that lie in tiles of 128 x 4, in the stored dtype.
+
+    A tile is stored as [32, 4, 4]: row 32 * j + i of the tile is [i, j]. Rows are padded to 128, columns to 4.
+    Source: NVIDIA cuBLAS, 1D block scaling factors layout; torchao 0.18, mx_formats/utils.py `from_blocked`.
+    """
+    across = -(-columns // 4)
+    low, high = start // 128, -(-stop // 128)
+    tiles = stored.load(offset + low * across * 512, offset + high * across * 512, device)
+    tiles = tiles.view(high - low, across, 32, 4, 4).permute(0, 3, 2, 1, 4)  # (down, j, i, across, 4)
+    rows = tiles.reshape((high - low) * 128, across * 4)
+    return rows[start - low * 128 : stop - low * 128, :columns]
+
+
+def int4_rows_for_cpu(stored: StoredTensor, rows: int, columns: int, start: int, stop: int) -> torch.Tensor:
+    """Return codes of rows `start` up to `stop` of what torch packed for its int4 kernel on this CPU, as uint8.
+
+    The order of the nibbles depends on the CPU, so torch is asked: it packs the digits of every position as it packed
+    the codes. Blocks of 64 rows lie one behind the other on all of them.
+    Source: torch 2.13, aten/src/ATen/native/cpu/int4mm_kernel.cpp `weight_to_int4pack_kernel`.
+    """
+    import torch
+
+    low, high = start // 64 * 64, min(-(-stop // 64) * 64, rows)
+    count = (high - low) * columns
+    position, at = torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int64)
+    for shift in range(0, max(4, count.bit_length()), 4):
+        digit = ((position >> shift) & 15).view(high - low, columns)
+        at |= _nibbles(torch._convert_weight_to_int4pack_for_cpu(digit, 1)).to(torch.int64) << shift
+    codes = torch.empty(count, dtype=torch.uint8)
+    codes[at] = _nibbles(stored.load_bytes(low * columns // 2, high * columns // 2))
+    return codes.view(high - low, columns)[start - low : stop - low]
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    flat = packed.reshape(-1)
+    return torch.cat((flat & 15, flat >> 4))
+
+
+def hadamard(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return each block of `size` columns times the Hadamard matrix of that size over its square root.
+
+    `size` is a power of two; the matrix is Sylvester's and symmetric. Sums are taken pair by pair, in the same order
+    whatever the number of rows.
+
+    >>> import torch
+    >>> hadamard(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), 4)
+    tensor([[ 1.5000, -0.5000, -0.5000,  1.5000]])
+    """
+    import torch
+
+    width = 1
+    while width < size:
+        pairs = values.reshape(-1, 2, width)
+        values = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1).view(values.shape)
+        width *= 2
+    return values.mul(size**-0.5)

@@ -10,12 +10,16 @@ from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 
 class Namespace(NamedTuple):
-    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers."""
+    """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers.
+
+    `files` are the JSON files beside the weights, by name.
+    """
 
     tensors: Mapping[str, StoredTensor]
     quantization: Mapping[str, Any]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
 
 
 # Makes a logical tensor of the group that an anchor belongs to, or None where the anchor is somebody else's.
@@ -36,7 +40,8 @@ class Scheme:
 
     `anchors` are endings of the last component of a stored name: a tensor so named starts a claim.
     `methods` are the `quant_method` values of a configuration that announce the scheme.
-    `live` maps `package.Class` to how an object of that class is shown; no library is imported for it.
+    `live` maps `package.Class`, or `:buffer` for any module that has such a buffer, to how the object is shown; no
+    library is imported for it. A buffer that is shown stands for a parameter.
     """
 
     name: str

@@ -16,7 +16,7 @@ class Made:
     """What one row makes. `live` holds the weight as a module, `tensors` as a checkpoint would; either may be absent.
 
     `values` is what the library itself decodes (float32), equal to ours within `tolerance` times its largest value:
-    0 means bit for bit.
+    0 means bit for bit. None where only a GPU can decode: ours must refuse.
     """
 
     values: Any
@@ -24,6 +24,7 @@ class Made:
     tensors: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)  # further JSON files beside the weights, by name
     tolerance: float = 0.0
 
 
@@ -41,7 +42,31 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    from tests.cases import bnb, plain
+    from tests.cases import (
+        awq,
+        bnb,
+        exllama,
+        gptq,
+        hqq,
+        plain,
+        quanto,
+        sinq,
+        torch_ao,
+        torchao,
+        transformer_engine,
+    )
 
     # One row per scheme.
-    return [*plain.CASES, *bnb.CASES]
+    return [
+        *plain.CASES,
+        *bnb.CASES,
+        *gptq.CASES,
+        *awq.CASES,
+        *exllama.CASES,
+        *hqq.CASES,
+        *sinq.CASES,
+        *quanto.CASES,
+        *torchao.CASES,
+        *torch_ao.CASES,
+        *transformer_engine.CASES,
+    ]
