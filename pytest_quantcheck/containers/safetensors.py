@@ -18,35 +18,14 @@ from math import prod
 from typing import Any, NamedTuple
 
 from pytest_quantcheck import strict_json
-<<<<<<< HEAD
 from pytest_quantcheck.containers import files, folders
-from pytest_quantcheck.dtypes import BITS
-=======
-from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import BITS, SAFETENSORS
->>>>>>> main
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container, StoredTensor
 
 HEADER_LIMIT = 100_000_000
 MAX_COUNT = 2**63 - 1
 
-<<<<<<< HEAD
-=======
-# JSON files beside the weights that say how they are encoded.
-CONFIGS = (
-    "config.json",
-    "adapter_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-    "quanto_qmap.json",
-    "quantization_map.json",
-    "model.safetensors.index.json.meta.json",
-)
-SHARD = re.compile(r"-\d{5,}-of-(\d{5,})\.safetensors$")
-
->>>>>>> main
 Read = Callable[[int, int], bytes | bytearray]
 
 
@@ -61,8 +40,8 @@ class Header(NamedTuple):
 def accepts(path: str) -> bool:
     """Whether this container reads the path."""
     if os.path.isdir(path):
-        return any(".safetensors" in name for name in os.listdir(path))
-    return path.endswith((".safetensors", ".safetensors.index.json"))
+        return any(FOLDER.holds(name) or FOLDER.is_index(name) for name in os.listdir(path))
+    return FOLDER.holds(path) or FOLDER.is_index(path)
 
 
 def open_container(path: str) -> Container:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pytest_quantcheck.containers import folders
 from pytest_quantcheck.containers.pickle_records import WIDTHS, Global, Inert, Tensor, Wrapper
 from pytest_quantcheck.containers.storages import PIECES_LIMIT, Coverage, Storage, View, is_contiguous, runs
-from pytest_quantcheck.dtypes import OF_TORCH
+from pytest_quantcheck.dtypes import DTYPES, OF_TORCH
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.tensor import ByteClass, StoredTensor
@@ -116,6 +116,7 @@ def _flatten(name: str, wrapper: Wrapper, found: _Found) -> None:
             raise FormatError("two different tensors of the file have this name", tensor=prefix + key)
         found.tensors[prefix + key] = tensor
     attributes = {str(key): _plain(value) for key, value in wrapper.state.items() if not isinstance(value, Tensor)}
+    attributes.setdefault("shape", list(wrapper.shape))
     record = {
         "_type": wrapper.kind.name.rpartition(".")[2],
         "_data": attributes,
@@ -128,10 +129,10 @@ def _plain(value: object, depth: int = 4) -> object:
     """An attribute as JSON, the way torchao writes it."""
     if isinstance(value, (str, int, float, type(None))):
         return value
-    if isinstance(value, (list, tuple)) and depth and len(value) <= 64:
-        return [_plain(item, depth - 1) for item in value]
     if isinstance(value, Global):
         return {"_type": "torch.dtype", "_data": value.name.removeprefix("torch.")}
+    if isinstance(value, (list, tuple)) and depth and len(value) <= 64:
+        return [_plain(item, depth - 1) for item in value]
     if isinstance(value, Inert):
         content = value.state if value.state is not None else value.args
         if isinstance(content, tuple) and len(content) == 1:
@@ -189,7 +190,7 @@ def _stored(name: str, tensor: Tensor, checkpoint: Checkpoint) -> StoredTensor:
     shape, width = tensor.shape, WIDTHS[tensor.dtype]
     logical = (*shape[:-1], 2 * shape[-1]) if tensor.dtype == "float4_e2m1fn_x2" and shape else shape
     storage = checkpoint.storages[tensor.storage.key]
-    swap = width // 2 if dtype == "C64" else width
+    swap = width // 2 if DTYPES[dtype].kind == "complex" else width
     if not all(shape):
         return StoredTensor(name, dtype, logical, 0, storage)  # its offset may lie anywhere
     if is_contiguous(shape, tensor.strides) and (swap == 1 or not checkpoint.big_endian):
