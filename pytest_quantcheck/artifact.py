@@ -5,8 +5,10 @@ This is where containers and schemes meet: `inspect` opens the container, asks t
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -79,7 +81,7 @@ class Artifact:
     @cached_property
     def logical_params(self) -> int:
         """The number of parameters of the unquantized model, adapters included."""
-        return sum(tensor.params for tensor in self.parameters)
+        return sum(total.params for total in self.schemes.values())
 
     @cached_property
     def adapter_params(self) -> int:
@@ -106,7 +108,8 @@ class Artifact:
     @cached_property
     def tied_params(self) -> int:
         """The logical parameters that appear a second time, under another name, and are not counted again."""
-        by_name = {tensor.name: tensor for tensor in self.parameters}
+        targets = set(self.aliases.values())
+        by_name = {tensor.name: tensor for tensor in self.parameters if tensor.name in targets}
         aliased = sum(by_name[first].params for first in self.aliases.values() if first in by_name)
         return aliased + sum(tensor.params for tensor in self.tensors if tensor.role == "tied")
 
@@ -118,7 +121,7 @@ class Artifact:
     @cached_property
     def quantized_params(self) -> int:
         """The logical parameters whose values are encoded."""
-        return sum(tensor.params for tensor in self.parameters if tensor.quantized)
+        return sum(total.params for name, total in self.schemes.items() if name != "plain")
 
     @property
     def quantized_fraction(self) -> float:
@@ -128,9 +131,8 @@ class Artifact:
     @cached_property
     def bits_per_weight(self) -> BitsPerWeight:
         """Bits per logical weight, scales and bookkeeping of each tensor included, file headers left out."""
-        return BitsPerWeight(
-            _bits([tensor for tensor in self.parameters if tensor.quantized]), _bits(list(self.parameters))
-        )
+        quantized = [total for name, total in self.schemes.items() if name != "plain"]
+        return BitsPerWeight(_bits(quantized), _bits(list(self.schemes.values())))
 
     @cached_property
     def bytes(self) -> dict[ByteClass, int]:
@@ -149,13 +151,13 @@ class Artifact:
     @cached_property
     def schemes(self) -> dict[str, SchemeTotal]:
         """What each scheme holds of the parameters, by scheme."""
-        groups: dict[str, list[LogicalTensor]] = {}
+        sums: dict[str, list[int]] = {}
         for tensor in self.parameters:
-            groups.setdefault(tensor.scheme, []).append(tensor)
-        return {
-            name: SchemeTotal(len(group), sum(t.params for t in group), sum(t.nbytes for t in group))
-            for name, group in sorted(groups.items())
-        }
+            total = sums.setdefault(tensor.scheme, [0, 0, 0])
+            total[0] += 1
+            total[1] += tensor.params
+            total[2] += tensor.nbytes
+        return {name: SchemeTotal(*total) for name, total in sorted(sums.items())}
 
     def tensor(self, name: str) -> LogicalTensor:
         """Return the logical tensor of that name, aliases of tied weights included."""
@@ -175,8 +177,21 @@ def inspect(subject: Subject) -> Artifact:
     if isinstance(subject, Artifact):
         return subject
     if isinstance(subject, (str, os.PathLike)):
-        return _artifact(containers.open_path(subject))
+        with _uncollected():
+            return _artifact(containers.open_path(subject))
     return _artifact(live_module.open_module(subject, schemes.exposers()))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Records by the hundred thousand, and no cycle among them: the collector would walk them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def count_params(subject: Subject, trainable: bool | None = None) -> int:
@@ -252,6 +267,6 @@ def _same_sample(one: LogicalTensor, other: LogicalTensor) -> bool:
     )
 
 
-def _bits(tensors: list[LogicalTensor]) -> float | None:
-    params = sum(tensor.params for tensor in tensors)
-    return 8 * sum(tensor.nbytes for tensor in tensors) / params if params else None
+def _bits(totals: list[SchemeTotal]) -> float | None:
+    params = sum(total.params for total in totals)
+    return 8 * sum(total.bytes for total in totals) / params if params else None

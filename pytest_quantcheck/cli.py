@@ -6,6 +6,7 @@ Exit code 0: all good, notes and warnings included. 1: findings of severity erro
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ def inspect(path: str, as_json: bool, strict: bool) -> int:
     """
     from pytest_quantcheck.artifact import inspect as inspect_path
 
+    gc.disable()  # the process ends with its answer, and there is no cycle among the records it would walk
     artifact = inspect_path(path)
     if as_json:
         from pytest_quantcheck.report.json import of_artifact

@@ -143,7 +143,10 @@ class LogicalTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """All bytes that belong to this tensor: codes, scales and bookkeeping."""
-        return sum(part.stored.nbytes for part in self.parts)
+        size = 0  # a loop: a generator costs more than the sum, and this is asked for every tensor of a model
+        for part in self.parts:
+            size += part.stored.nbytes
+        return size
 
     @property
     def bytes(self) -> dict[ByteClass, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-WIDTH = {"U8": 8, "I8": 8, "BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "I32": 32, "I64": 64}
+WIDTH = {"U8": 8, "I8": 8, "BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "I32": 32, "U32": 32, "I64": 64}
 
 
 class Entry(NamedTuple):
@@ -159,6 +159,82 @@ FALCON_CONFIG: dict[str, object] = {
     "num_hidden_layers": 32,
     "tie_word_embeddings": True,
 }
+
+
+DEEPSEEK_CONFIG: dict[str, object] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    },
+}
+DEEPSEEK_SHARDS = 163
+
+
+def deepseek_v3() -> list[Entry]:
+    """DeepSeek-V3: 671 billion parameters and a layer that predicts the next but one token, FP8 in blocks of 128."""
+    hidden, vocab, prediction = 7168, 129280, 61
+    entries = [Entry("model.embed_tokens.weight", "BF16", (vocab, hidden))]
+    for layer in range(prediction + 1):
+        entries += _deepseek_layer(f"model.layers.{layer}", dense=layer < 3)
+    last = f"model.layers.{prediction}"
+    for name, shape in (
+        ("embed_tokens", (vocab, hidden)),
+        ("enorm", (hidden,)),
+        ("hnorm", (hidden,)),
+        ("eh_proj", (hidden, 2 * hidden)),
+        ("shared_head.norm", (hidden,)),
+        ("shared_head.head", (vocab, hidden)),
+    ):
+        entries.append(Entry(f"{last}.{name}.weight", "BF16", shape))
+    ends = [("model.norm", (hidden,)), ("lm_head", (vocab, hidden))]
+    return [*entries, *(Entry(f"{name}.weight", "BF16", shape) for name, shape in ends)]
+
+
+def _deepseek_layer(layer: str, *, dense: bool) -> list[Entry]:
+    hidden, inner, expert, experts = 7168, 18432, 2048, 256
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
+    linears = {
+        "self_attn.q_a_proj": (1536, hidden),
+        "self_attn.q_b_proj": (128 * 192, 1536),
+        "self_attn.kv_a_proj_with_mqa": (576, hidden),
+        "self_attn.kv_b_proj": (128 * 256, 512),
+        "self_attn.o_proj": (hidden, 128 * 128),
+    }
+    blocks = {"mlp": inner} if dense else {f"mlp.experts.{index}": expert for index in range(experts)}
+    for block, width in blocks.items() if dense else (*blocks.items(), ("mlp.shared_experts", expert)):
+        linears |= {f"{block}.gate_proj": (width, hidden), f"{block}.up_proj": (width, hidden)}
+        linears[f"{block}.down_proj"] = (hidden, width)
+    entries = [Entry(f"{layer}.{name}.weight", "BF16", (size,)) for name, size in norms.items()]
+    for name, (rows, columns) in linears.items():
+        grid = (-(-rows // 128), -(-columns // 128))
+        entries.append(Entry(f"{layer}.{name}.weight", "F8_E4M3", (rows, columns)))
+        entries.append(Entry(f"{layer}.{name}.weight_scale_inv", "F32", grid))
+    if not dense:
+        entries.append(Entry(f"{layer}.mlp.gate.weight", "BF16", (experts, hidden)))
+        entries.append(Entry(f"{layer}.mlp.gate.e_score_correction_bias", "F32", (experts,)))
+    return entries
 
 
 def sparse_bytes(path: Path) -> int:

@@ -66,10 +66,19 @@ BAD = [
     ("truncated-data", raw_file(ONE, b"x"), "truncated"),
     ("trailing-bytes", raw_file(ONE, b"xxPK"), "2 bytes follow"),
     ("duplicate-tensor", raw_file(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"a":{"dtype":"U8","shape":[2],'
-                                  b'"data_offsets":[0,2]}}', b"xx"), "appears twice"),
-    ("duplicate-field", raw_file(b'{"a":{"dtype":"U8","dtype":"I8","shape":[2],"data_offsets":[0,2]}}'), "exactly"),
+                                  b'"data_offsets":[0,2]}}', b"xx"), "duplicate key `a`"),
+    ("duplicate-field", raw_file(b'{"a":{"dtype":"U8","dtype":"I8","shape":[2],"data_offsets":[0,2]}}'),
+     "duplicate key `dtype`"),
     ("metadata-of-numbers", raw_file({"__metadata__": {"a": 1}}), "strings"),
-    ("metadata-twice", raw_file(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
+    ("metadata-twice", raw_file(b'{"__metadata__":{},"__metadata__":{}}'), "duplicate key `__metadata__`"),
+    ("metadata-null", raw_file({"__metadata__": None}), "strings"),
+    ("duplicate-of-another-kind", raw_file(b'{"a":1,"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', b"xx"),
+     "duplicate key `a`"),
+    ("duplicate-written-with-escapes", raw_file(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"\\u0061":'
+                                                b'{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', b"xx"),
+     "duplicate key `a`"),
+    ("duplicate-beside-a-colon", raw_file(b'{"a:":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{},"b":{"dtype":'
+                                          b'"U8","shape":[1],"data_offsets":[1,2]}}', b"xx"), "duplicate key `b`"),
     ("metadata-key-twice", raw_file(b'{"__metadata__":{"a":"b","a":"c"}}'), "duplicate key `a`"),
 ]  # fmt: skip
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import eq
 from typing import NamedTuple, Protocol
 
 from pytest_quantcheck.containers import files
@@ -99,6 +102,7 @@ def _open_folder(folder: str, layout: Layout, *, index: str | None = None) -> Co
     if not named and layout.single in present.keys() - shards:
         raise FormatError(f"holds both `{layout.single}` and `{index}` (readers differ): name one", file=folder)
     whole = _read_shards(folder, shards, weight_map, layout)
+    data_bytes = sum(stored.nbytes for stored in whole.tensors.values())
     beside = {name: size for name, size in present.items() if name not in shards}
     orphans = {name: size for name, size in beside.items() if WEIGHTS.fullmatch(name)}
     overhead: dict[ByteClass, int] = dict(whole.overhead)
@@ -108,11 +112,11 @@ def _open_folder(folder: str, layout: Layout, *, index: str | None = None) -> Co
         layout.kind,
         folder,
         whole.tensors,
-        file_bytes=sum(stored.nbytes for stored in whole.tensors.values()) + sum(overhead.values()),
+        file_bytes=data_bytes + sum(overhead.values()),
         overhead=overhead,
         configs={name: config for name in CONFIGS if (config := files.read_json(folder, name)) is not None},
         aliases=whole.aliases,
-        findings=(*_stale_total(total_size, whole, index), *whole.findings, *_orphans(orphans)),
+        findings=(*_stale_total(total_size, whole, data_bytes, index), *whole.findings, *_orphans(orphans)),
         metadata=whole.metadata,
     )
 
@@ -128,7 +132,7 @@ def _read_shards(folder: str, shards: list[str], weight_map: Mapping[str, str] |
     for name in shards:
         shown = os.path.join(folder, name)
         found = layout.read(files.open_beneath(folder, name), shown=shown)
-        names = {*found.tensors, *found.aliases}
+        names = found.tensors.keys() | found.aliases.keys() if found.aliases else found.tensors.keys()
         _check_shard(name, names, seen, weight_map, shown)
         seen |= names
         tensors |= found.tensors
@@ -185,28 +189,31 @@ def _read_index(folder: str, index: str, layout: Layout) -> tuple[dict[str, str]
     return weight_map, total
 
 
-def _check_shard(shard: str, found: set[str], seen: set[str], weight_map: Mapping[str, str] | None, shown: str) -> None:
-    if not found.isdisjoint(seen):
+def _check_shard(
+    shard: str, found: AbstractSet[str], seen: set[str], weight_map: Mapping[str, str] | None, shown: str
+) -> None:
+    if not seen.isdisjoint(found):
         raise FormatError(
             "is also in another shard (readers differ on which one wins)", file=shown, tensor=min(found & seen)
         )
-    if weight_map is None:
+    if weight_map is None or all(map(eq, map(weight_map.get, found), repeat(shard))):
         return
-    for name in sorted(found):
+    for name in found:
         if weight_map.get(name) != shard:
             there = f"`{weight_map[name]}`" if name in weight_map else "nowhere"
             raise FormatError(f"is in this shard, but the index puts it {there}", file=shown, tensor=name)
 
 
 def _check_complete(weight_map: Mapping[str, str] | None, found: set[str], folder: str) -> None:
-    for name, shard in (weight_map or {}).items():
+    if weight_map is None or len(weight_map) == len(found):  # every tensor is in the index: `_check_shard`
+        return
+    for name, shard in weight_map.items():
         if name not in found:
             raise FormatError("is in the index, but not in its shard", file=os.path.join(folder, shard), tensor=name)
 
 
-def _stale_total(total: object, whole: Shard, index: str | None) -> list[Finding]:
+def _stale_total(total: object, whole: Shard, actual: int, index: str | None) -> list[Finding]:
     """Tied weights of a torch file are in one place, and writers differ on whether the total has them twice."""
-    actual = sum(stored.nbytes for stored in whole.tensors.values())
     tied = sum(whole.tensors[first].nbytes for first in whole.aliases.values())
     if total is None or total in (actual, actual + tied):
         return []

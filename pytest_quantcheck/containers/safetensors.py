@@ -15,7 +15,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.containers import files, folders
@@ -65,74 +65,40 @@ def read_header(read: Read, size: int) -> Header:
     raw = read(8, 8 + length)
     if raw[:1] != b"{":
         raise FormatError("header does not start with `{`")
-    pairs = strict_json.parse(raw, _entry, limit=HEADER_LIMIT)
-    tensors, metadata = _split(pairs)
-    _check_coverage(tensors, size - 8 - length)
-    return Header(tensors, metadata, 8 + length)
-
-
-class _Entry(NamedTuple):
-    dtype: str
-    shape: list[int]
-    offsets: list[int]
-
-
-_FIELDS = {"dtype", "shape", "data_offsets"}
-
-
-def _entry(pairs: list[tuple[str, Any]]) -> Any:
-    """Make one JSON object of the header: a tensor entry where it looks like one, else the bare pairs.
-
-    The usual order of the three fields is tried first: a header can have 100,000 of them.
-    """
-    if len(pairs) == 3:
-        (first, dtype), (second, shape), (third, offsets) = pairs
-        if first == "dtype" and second == "shape" and third == "data_offsets":
-            return _Entry(dtype, shape, offsets)
-        fields = dict(pairs)
-        if fields.keys() == _FIELDS:
-            return _Entry(fields["dtype"], fields["shape"], fields["data_offsets"])
-    return pairs
-
-
-def _split(pairs: object) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], Mapping[str, str]]:
-    if not isinstance(pairs, list):
+    entries = strict_json.parse(raw, None, limit=HEADER_LIMIT)
+    if not isinstance(entries, dict):
         raise FormatError("header is not an object of tensors")
-    metadata: Mapping[str, str] = {}
-    tensors = {}
-    for name, entry in pairs:
-        if name == "__metadata__":
-            metadata = _metadata(entry)
-        elif isinstance(entry, _Entry):
-            tensors[name] = _checked(name, entry)
-        else:
-            raise FormatError("entry has not exactly `dtype`, `shape` and `data_offsets`", tensor=name)
-    if len(tensors) + ("__metadata__" in dict(pairs)) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in dict(pairs) if names.count(name) > 1)
-        raise FormatError("appears twice in the header (readers differ on which one wins)", tensor=twice)
-    return tensors, metadata
+    metadata = _metadata(entries.pop("__metadata__")) if "__metadata__" in entries else None
+    tensors = {name: _checked(name, entry) for name, entry in entries.items()}
+    pairs = 4 * len(tensors) + (0 if metadata is None else 1 + len(metadata))
+    strict_json.refuse_duplicates(raw, pairs, limit=HEADER_LIMIT)
+    _check_coverage(tensors, size - 8 - length)
+    return Header(tensors, metadata or {}, 8 + length)
 
 
 def _metadata(entry: object) -> Mapping[str, str]:
-    pairs = list(zip(_Entry._fields, entry, strict=True)) if isinstance(entry, _Entry) else entry
-    if not isinstance(pairs, list) or not all(isinstance(value, str) for _, value in pairs):
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise FormatError("`__metadata__` is not an object of strings")
-    return strict_json.unique(pairs)
+    return entry
 
 
-def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
-    dtype, shape, offsets = entry
-    bits = BITS[dtype] if type(dtype) is str and dtype in SAFETENSORS else None
+def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or len(entry) != 3:
+        raise FormatError(_FIELDS, tensor=name)
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except KeyError:
+        raise FormatError(_FIELDS, tensor=name) from None
+    bits = _BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         raise FormatError(f"unknown dtype `{dtype}`", tensor=name)
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise FormatError("`shape` and `data_offsets` are not lists of sizes and of two offsets", tensor=name)
-    for number in (*shape, *offsets):
-        # bool is an int to Python and 1.0 equals 1: only a real, non-negative integer is a size.
-        if type(number) is not int or not 0 <= number <= MAX_COUNT:
-            raise FormatError(f"`{number}` is not a size (0 to 2^63-1)", tensor=name)
     start, stop = offsets
+    for number in (start, stop, *shape):
+        # bool is an int to Python and 1.0 equals 1: only a real, non-negative integer is a size.
+        if type(number) is not int or number < 0 or number > MAX_COUNT:
+            raise FormatError(f"`{number}` is not a size (0 to 2^63-1)", tensor=name)
     total_bits = prod(shape) * bits
     if total_bits % 8:
         raise FormatError(f"{dtype} {shape} does not fill whole bytes", tensor=name)
@@ -143,8 +109,19 @@ def _checked(name: str, entry: _Entry) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), start, stop
 
 
+_BITS = {name: BITS[name] for name in SAFETENSORS}
+_FIELDS = "entry has not exactly `dtype`, `shape` and `data_offsets`"
+
+
 def _check_coverage(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], data_size: int) -> None:
     """Every byte of the data belongs to exactly one tensor."""
+    at = 0
+    for _, _, start, stop in tensors.values():  # most headers are in the order of the data
+        if start != at:
+            break
+        at = stop
+    else:
+        return _check_end(at, data_size)
     at = 0
     for start, stop, name in sorted((start, stop, name) for name, (_, _, start, stop) in tensors.items()):
         if start != at:
@@ -153,6 +130,10 @@ def _check_coverage(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
             )
             raise FormatError(f"starts at byte {start:,} and {fault} (no holes, no overlaps)", tensor=name)
         at = stop
+    return _check_end(at, data_size)
+
+
+def _check_end(at: int, data_size: int) -> None:
     if at > data_size:
         raise FormatError(f"tensors need {at:,} bytes of data, the file has {data_size:,}: truncated")
     if at < data_size:

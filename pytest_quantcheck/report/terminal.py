@@ -31,7 +31,7 @@ def print_artifact(artifact: Artifact) -> None:
     tensors = sorted(artifact.tensors, key=_natural)
     console = _console()
     if console is None or len(tensors) > MANY:
-        _print_columns(_tensor_header(live), (_tensor_cells(tensor, live) for tensor in tensors))
+        _print_columns(_tensor_header(live), _tensor_rows(tensors, live))
     else:
         rows = [_tensor_cells(tensor, live) for tensor in tensors]
         styles = ["" if tensor.quantized else "dim" for tensor in tensors]
@@ -128,6 +128,19 @@ def _tensor_header(live: bool) -> tuple[str, ...]:
     return ("tensor", "logical shape", "values", "stored as", "elements", *trainable, "scheme", "bits", "bytes")
 
 
+def _tensor_rows(tensors: Iterable[LogicalTensor], live: bool) -> Iterator[Row]:
+    """The cells of many tensors; all but the name are made once for those that look alike: the experts of a model."""
+    known: dict[object, Row] = {}
+    for tensor in tensors:
+        stored = tensor.parts[0].stored
+        sizes = tuple([part.stored.nbytes for part in tensor.parts])
+        alike = (tensor.shape, tensor.scheme, tensor.role, stored.dtype, stored.shape, sizes, stored.requires_grad)
+        cells = known.get(alike)
+        if cells is None:
+            cells = known[alike] = _tensor_cells(tensor, live)[1:]
+        yield (printable(tensor.name), *cells)
+
+
 def _tensor_cells(tensor: LogicalTensor, live: bool) -> tuple[str, ...]:
     return (
         printable(tensor.name),
@@ -165,19 +178,20 @@ def _db(value: float) -> str:
     return "equal" if value == math.inf else f"{value:.2f}"
 
 
-def _natural(tensor: LogicalTensor) -> tuple[tuple[int, int | str], ...]:
-    """Layer 2 before layer 10."""
-    return tuple((1, int(part)) if part.isdecimal() else (0, part) for part in _NUMBER.split(tensor.name) if part)
+def _natural(tensor: LogicalTensor) -> list[int | str]:
+    """Layer 2 before layer 10: text and numbers take turns, so like is compared with like."""
+    parts: list[int | str] = list(_NUMBER.split(tensor.name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def _print_columns(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Print aligned columns, the first to the left, names never cut."""
     table = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    template = "  ".join(f"%{'-' if name in LEFT else ''}{width}s" for name, width in zip(header, widths, strict=True))
     for cells in table:
-        columns = zip(header, cells, widths, strict=True)
-        aligned = (cell.ljust(width) if name in LEFT else cell.rjust(width) for name, cell, width in columns)
-        print("  ".join(aligned).rstrip())
+        print((template % cells).rstrip())
 
 
 def _print_rows(console: Console, header: Row, rows: Sequence[Row], styles: Sequence[str], top: Sequence[str]) -> None:

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import (
+    activation_scales,
+    aqlm,
     awq_activation,
     awq_gemm,
     awq_gemv,
     awq_gemv_fast,
     bitblas,
+    bitnet,
     bnb_4bit,
     bnb_8bit,
+    ct_float_packed,
+    ct_marlin_24,
+    ct_naive_quantized,
+    ct_pack_quantized,
+    ct_sparse_bitmask,
+    eetq,
     exl2,
     exl3,
+    fbgemm_fp8,
+    fouroversix,
+    fp8_fine_grained,
+    fp_quant,
+    gemma,
     gptq,
+    higgs,
     hqq,
     marlin,
+    metal,
+    mlx,
+    modelopt,
+    modelopt_live,
+    mxfp4,
+    nvfp4_live,
     plain,
     qqq,
     quantization_config,
     quanto_kernels,
     quanto_qbits,
     quanto_qbytes,
+    quark,
     sinq,
+    spqr,
     tflite_affine,
     torch_ao,
     torchao_affine,
@@ -35,6 +60,7 @@ from pytest_quantcheck.schemes import (
     torchao_nf4,
     torchao_opaque,
     transformer_engine,
+    vptq,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
 from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
@@ -47,6 +73,15 @@ SCHEMES: tuple[Scheme, ...] = (
     tflite_affine.SCHEME,
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
+    mlx.SCHEME,
+    bitnet.SCHEME,
+    aqlm.SCHEME,
+    vptq.SCHEME,
+    metal.SCHEME,
+    gemma.SCHEME,
+    spqr.SCHEME,
+    eetq.SCHEME,
+    higgs.SCHEME,
     exl2.SCHEME,
     exl3.SCHEME,
     bitblas.SCHEME,
@@ -59,6 +94,21 @@ SCHEMES: tuple[Scheme, ...] = (
     gptq.SCHEME,
     sinq.SCHEME,
     hqq.SCHEME,
+    ct_marlin_24.SCHEME,
+    ct_sparse_bitmask.SCHEME,
+    ct_pack_quantized.SCHEME,
+    ct_float_packed.SCHEME,
+    ct_naive_quantized.SCHEME,
+    fp8_fine_grained.SCHEME,
+    fbgemm_fp8.SCHEME,
+    mxfp4.SCHEME,
+    modelopt.SCHEME,
+    modelopt_live.SCHEME,
+    quark.SCHEME,
+    fouroversix.SCHEME,
+    fp_quant.SCHEME,
+    nvfp4_live.SCHEME,
+    transformer_engine.SCHEME,
     quanto_kernels.SCHEME,
     quanto_qbits.SCHEME,
     quanto_qbytes.SCHEME,
@@ -69,7 +119,7 @@ SCHEMES: tuple[Scheme, ...] = (
     torchao_nf4.SCHEME,
     torchao_opaque.SCHEME,
     torch_ao.SCHEME,
-    transformer_engine.SCHEME,
+    activation_scales.SCHEME,
     plain.SCHEME,
 )
 
@@ -79,8 +129,16 @@ CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def exposers() -> Mapping[str, Expose]:
-    """Return how live objects are shown as stored tensors, by `package.Class`."""
-    return {name: expose for scheme in SCHEMES for name, expose in scheme.live.items()}
+    """Return how live objects are shown as stored tensors, by `package.Class`; of several schemes the first answers."""
+    asked: dict[str, list[Expose]] = {}
+    for scheme in SCHEMES:
+        for name, expose in scheme.live.items():
+            asked.setdefault(name, []).append(expose)
+    return {name: each[0] if len(each) == 1 else partial(_first_answer, each) for name, each in asked.items()}
+
+
+def _first_answer(asked: Iterable[Expose], owner: Any, name: str) -> Mapping[str, Any] | None:
+    return next((shown for expose in asked if (shown := expose(owner, name)) is not None), None)
 
 
 def logical_tensors(container: Container) -> list[LogicalTensor]:
@@ -88,16 +146,17 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
 
     Raises `UnknownEncoding` for a tensor or a `quant_method` that no scheme knows, `FormatError` for a broken group.
     """
+    by_ending = _by_ending(container.tensors)
     namespace = Namespace(
         container.tensors,
         quantization_config.find(container.configs),
         container.configs.get("config.json", {}),
         container.metadata,
         container.configs,
+        by_ending.keys(),
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
-    by_ending = _by_ending(container.tensors)
     for scheme in SCHEMES:
         for anchor in _anchors(scheme, by_ending):
             if anchor.name not in found:
@@ -106,14 +165,14 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
         if name not in found:
             _refuse(stored, configured, namespace)
             found[name] = _of_all_ranks(plain.claim(stored, namespace))
-    return [found[name] for name in container.tensors if found[name].parts[0].stored.name == name]
+    return [tensor for name in container.tensors if (tensor := found[name]).parts[0].stored.name == name]
 
 
 def _by_ending(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
     """The stored tensors by the last component of their names: there are few, however many tensors."""
-    found: dict[str, list[StoredTensor]] = {}
+    found: dict[str, list[StoredTensor]] = defaultdict(list)
     for name, stored in tensors.items():
-        found.setdefault(name[name.rfind(".") + 1 :], []).append(stored)
+        found[name[name.rfind(".") + 1 :]].append(stored)
     return found
 
 
@@ -132,10 +191,9 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
         tensor = tensor._replace(role=tensor.stored.role)
     tensor = _of_all_ranks(tensor)
     for part in tensor.parts:
-        if part.stored.name in found:
-            other = found[part.stored.name].name
-            raise FormatError(f"belongs to `{other}` and to `{tensor.name}` at once", tensor=part.stored.name)
-        found[part.stored.name] = tensor
+        other = found.setdefault(part.stored.name, tensor)
+        if other is not tensor:
+            raise FormatError(f"belongs to `{other.name}` and to `{tensor.name}` at once", tensor=part.stored.name)
 
 
 def _of_all_ranks(tensor: LogicalTensor) -> LogicalTensor:
@@ -151,8 +209,9 @@ def _decode_shard(tensor: LogicalTensor, start: int, stop: int, device: str) -> 
 
 def _was_conv1d(tensor: LogicalTensor, namespace: Namespace) -> bool:
     """Whether the unquantized model keeps this matrix as [in, out]; every quantizer makes a [out, in] linear of it."""
-    layer = tensor.name.rpartition(".")[0].rpartition(".")[2]
-    return layer in CONV1D_LAYERS and namespace.config.get("model_type") in CONV1D_MODELS
+    if namespace.config.get("model_type") not in CONV1D_MODELS:
+        return False
+    return tensor.name.rpartition(".")[0].rpartition(".")[2] in CONV1D_LAYERS
 
 
 def _configured(namespace: Namespace) -> tuple[Scheme, ...]:

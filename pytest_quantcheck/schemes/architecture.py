@@ -5,7 +5,7 @@ Source: transformers 5.17, `configuration_*.py` and `modeling_*.py` of llama, qw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _NESTED = ("text_config", "llm_config")
@@ -59,3 +59,37 @@ def _feed_forward(layer: str, hidden: int, config: Mapping[str, Any]) -> list[tu
 
 def _size(config: Mapping[str, Any], *keys: str) -> int:
     return next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), 0)
+
+
+def fitting_shape(name: str, config: Mapping[str, Any], fits: Callable[[int, int], bool]) -> tuple[int, int] | None:
+    """Return `[N, K]` of the linear weight `name` for formats that pad; None where the configuration leaves it open.
+
+    >>> config = {"hidden_size": 6, "intermediate_size": 10, "num_attention_heads": 2}
+    >>> fitting_shape("layers.0.mlp.up_proj.weight", config, lambda n, k: -(-n // 4) == 3)
+    (10, 6)
+    """
+    layer = name.removesuffix(".weight").rpartition(".")[2]
+    levels = (config, *(config[key] for key in _NESTED if isinstance(config.get(key), Mapping)))
+    found = {shape for level in levels for shape in _candidates(layer, level) if fits(*shape)}
+    return found.pop() if len(found) == 1 else None
+
+
+_SIZES = ("size", "dim", "width", "features", "channels", "rank", "d_model", "n_embd", "n_inner")
+
+
+def named_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Return every size that a configuration names, quantization left out: no layer is wide in another way by accident.
+
+    >>> sorted(named_sizes({"hidden_size": 33, "vision_config": {"head_dim": 3}, "eos_token_id": 32}))
+    [3, 33]
+    """
+    found: set[int] = set()
+    left: list[Mapping[str, Any]] = [config]
+    while left:
+        for key, value in left.pop().items():
+            if isinstance(value, Mapping) and "quantization" not in key:
+                left.append(value)
+            values = value if isinstance(value, list) else [value]
+            if any(word in key for word in _SIZES):
+                found.update(size for size in values if type(size) is int)
+    return found

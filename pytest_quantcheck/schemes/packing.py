@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_quantcheck.dtypes import BITS, DTYPES
+from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import StoredTensor
+    from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -69,6 +73,28 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(codes.to(torch.int32), table)
 
 
+def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return the first `count` codes of every row, each row a stream of its own, lowest bits first, as int64.
+
+    `bits` is at most 32.
+
+    raw  # (rows, bytes) uint8
+    ->   # (rows, count)
+
+    >>> import torch
+    >>> bit_rows(torch.tensor([[0b11_010_001, 0b0000_0001]], dtype=torch.uint8), 3, 3).tolist()
+    [[1, 2, 7]]
+    """
+    import torch
+
+    at = torch.arange(count, device=raw.device) * bits
+    wide = torch.nn.functional.pad(raw, (0, 4)).to(torch.int64)
+    codes = torch.zeros(len(raw), count, dtype=torch.int64, device=raw.device)
+    for byte in range((bits + 14) // 8):  # as many bytes as one code can touch
+        codes |= wide[:, at // 8 + byte] << 8 * byte
+    return codes >> at % 8 & (1 << bits) - 1
+
+
 def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the first `count` codes of each row of integer words, read as one stream, lowest bits first, as int32.
 
@@ -110,7 +136,131 @@ def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> to
     return torch.stack([stored.load(row * columns + start, row * columns + stop, device) for row in range(rows)])
 
 
-def grid_rows(
+class Grid(NamedTuple):
+    """How a grid of scales lies over a matrix, or over each matrix of a stack.
+
+    `rows` x `columns` scales for `span` rows of values, each for `height` of them; the last block may be shorter.
+    """
+
+    rows: int
+    columns: int
+    span: int
+    height: int
+
+
+def grid_rows(stored: StoredTensor, grid: Grid, window: slice, device: str) -> torch.Tensor:
+    """Return the row of a grid that scales each row of a window, in the stored dtype; only those are read.
+
+    stored  # (..., grid.rows, grid.columns)
+    ->      # (window, grid.columns)
+    """
+    import torch
+
+    row = torch.arange(window.start, window.stop, device=device)
+    if not len(row):
+        return stored.load(0, 0, device).view(0, grid.columns)
+    at = row // grid.span * grid.rows + row % grid.span // grid.height
+    first, last = int(at[0]), int(at[-1]) + 1
+    return stored.load(first * grid.columns, last * grid.columns, device).view(-1, grid.columns)[at - first]
+
+
+def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """Return `values`, each group of columns multiplied in place by its scale; the last group may be shorter.
+
+    values  # (rows, columns)
+    scales  # (rows, ceil(columns / group))
+    """
+    if not values.numel():
+        return values
+    whole = values.shape[1] // group
+    values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
+    if whole < scales.shape[1]:
+        values[:, whole * group :].mul_(scales[:, whole:])
+    return values
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """Return the float32 values of E8M0 scales, whether they come as `float8_e8m0fnu` or as bytes: 2**(e - 127)."""
+    import torch
+
+    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)
+
+
+def e2m1_values(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+    """Return the two E2M1 values of every byte, in element order, flat float32.
+
+    codes  # (n,) uint8
+    ->     # (2 * n,)
+    """
+    import torch
+
+    pairs = nibble_pairs(torch.tensor(E2M1, device=codes.device), high_first=high_first)
+    return look_up(codes.view(-1), pairs).view(-1)
+
+
+def row_codes(raw: torch.Tensor, bits: int, count: int, skip: int = 0) -> torch.Tensor:
+    """Return `count` codes of every row as int32: one stream per row, lowest bits first, after `skip` bits.
+
+    raw  # (rows, bytes) uint8
+    ->   # (rows, count)
+    """
+    import torch
+
+    at = torch.arange(count, device=raw.device) * bits + skip
+    low = at // 8
+    wide = raw.to(torch.int32)
+    pair = wide[:, low] | (wide[:, (low + 1).clamp_(max=max(0, raw.shape[1] - 1))] << 8)
+    return (pair >> (at % 8).to(torch.int32)) & ((1 << bits) - 1)
+
+
+def word_codes(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Return `count` codes of every row as int32, where each 32-bit word holds `32 // bits` of them, lowest bits first.
+
+    raw  # (rows, 4 * words) uint8
+    ->   # (rows, count)
+    """
+    import torch
+
+    words = raw.contiguous().view(torch.int32)
+    shifts = torch.arange(32 // bits, device=raw.device, dtype=torch.int32) * bits
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)[:, :count]
+
+
+def read_integers(stored: StoredTensor, *, limit: int = 1 << 10) -> tuple[int, ...]:
+    """Return the values of a small integer tensor: the shape or the sizes that a format keeps beside its codes."""
+    width = BITS[stored.dtype] // 8
+    if DTYPES[stored.dtype].kind != "int":
+        raise FormatError(f"{stored.dtype} {list(stored.shape)} is no list of integers", tensor=stored.name)
+    raw, signed = stored.read(limit=limit), stored.dtype.startswith("I")
+    return tuple(int.from_bytes(raw[at : at + width], "little", signed=signed) for at in range(0, len(raw), width))
+
+
+def shift_groups(values: torch.Tensor, zeros: torch.Tensor, group: int) -> torch.Tensor:
+    """Return `values`, less the zero point of each group of columns, in place; the last group may be shorter.
+
+    values  # (rows, columns)
+    zeros   # (rows, ceil(columns / group))
+    """
+    if not values.numel():
+        return values
+    whole = values.shape[1] // group
+    values[:, : whole * group].view(len(values), whole, group).sub_(zeros[:, :whole].unsqueeze(-1))
+    if whole < zeros.shape[1]:
+        values[:, whole * group :].sub_(zeros[:, whole:])
+    return values
+
+
+def matrix_windows(start: int, stop: int, rows: int) -> Iterator[tuple[int, slice]]:
+    """Yield which rows of which matrix of a stack the rows `start` up to `stop` are.
+
+    >>> list(matrix_windows(3, 9, 4))
+    [(0, slice(3, 4, None)), (1, slice(0, 4, None)), (2, slice(0, 1, None))]
+    """
+    for matrix in range(start // rows, -(-stop // rows)):
+        yield matrix, slice(max(start - matrix * rows, 0), min(stop - matrix * rows, rows))
+
+
+def block_values(
     stored: StoredTensor, shape: tuple[int, ...], grid: tuple[int, ...], rows: range, device: str
 ) -> torch.Tensor:
     """Return the values of a grid of equal blocks over a tensor, for some rows of it, as float32.
@@ -205,3 +355,42 @@ def hadamard(values: torch.Tensor, size: int) -> torch.Tensor:
         values = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1).view(values.shape)
         width *= 2
     return values.mul(size**-0.5)
+
+
+def group_index(stored: StoredTensor, groups: int, device: str) -> torch.Tensor | None:
+    """Return the group of each column where activation order scattered them; None where -1 says that it did not."""
+    index = stored.load(device=device).long()
+    if (index == -1).any():
+        return None
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= groups):
+        raise FormatError(f"names the groups {int(index.min())} to {int(index.max())} of {groups}", tensor=stored.name)
+    return index
+
+
+def per_matrix(tensor: LogicalTensor, part: str, window: slice, device: str) -> torch.Tensor:
+    """Return the one float32 scale above all others for each row of a window: of the tensor, or of its matrix.
+
+    part  # () or (1,), or one for each matrix of a stack
+    ->    # (1, 1) or (window, 1)
+    """
+    import torch
+
+    values = tensor.part(part).load(device=device).to(torch.float32).view(-1, 1)
+    if len(values) == 1:
+        return values
+    return values[torch.arange(window.start, window.stop, device=device) // tensor.shape[-2]]
+
+
+# Four bits in two's complement.
+INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
+
+
+def unblocked(tiles: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return scales in rows that were stored for Blackwell: tiles of 128 rows and 4 columns, 512 values each.
+
+    tiles  # (rows * columns,), rows in full 128s, columns in full 4s
+    ->     # (rows, columns)
+    """
+    across = max(1, columns // 4)
+    cut = tiles.view(len(tiles) // (512 * across), across, 32, 4, 4)  # (down, across, row % 32, row // 32, column)
+    return cut.permute(0, 3, 2, 1, 4).reshape(-1, columns)

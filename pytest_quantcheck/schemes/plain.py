@@ -41,6 +41,10 @@ PARTS = frozenset(
         "col_vals", "qbiases", "scaled_zeros", "trellis", "quantized_weight_values", "embedding_quantized",
         "scales_and_zeros", "q_weight", "weight_quantizer",
         "q_scale", "q_scale_max", "q_invperm", "q_groups", "suh", "svh", "s_channel", "s_group",
+        "scale_packed", "bitmask", "compressed",
+        "quantized_weight_scale_factors", "quantized_weight_amax", "quantized_weight_metadata", "weight_sf",
+        "weight_sf_rowmajor", "pre_quant_scale", "dqweight", "forward_hadamard_matrix", "backward_hadamard_matrix",
+        "svdquant_lora_a", "svdquant_lora_b", "weight_zp",
     }
 )  # fmt: skip
 PART_ENDINGS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ class Namespace(NamedTuple):
     """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers.
 
     `files` are the JSON files beside the weights, by name.
+    `endings` are the last components of the names: what is not among them need not be looked for, tensor by tensor.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -20,6 +21,7 @@ class Namespace(NamedTuple):
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
     files: Mapping[str, Mapping[str, Any]]
+    endings: Collection[str]
 
 
 # Makes a logical tensor of the group that an anchor belongs to, or None where the anchor is somebody else's.

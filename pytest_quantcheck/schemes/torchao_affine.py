@@ -107,10 +107,10 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     assert isinstance(layout, Layout)
     codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
     values = codes.to(torch.float32).view(stop - start, tensor.columns)
-    scale = packing.grid_rows(tensor.part("scale"), tensor.shape, layout.grid, range(start, stop), device)
+    scale = packing.block_values(tensor.part("scale"), tensor.shape, layout.grid, range(start, stop), device)
     blocks = packing.by_column_block(values, scale)
     if tensor.has("zero_point"):
-        zero = packing.grid_rows(tensor.part("zero_point"), tensor.shape, layout.grid, range(start, stop), device)
+        zero = packing.block_values(tensor.part("zero_point"), tensor.shape, layout.grid, range(start, stop), device)
         blocks.sub_(zero.unsqueeze(-1))
     blocks.mul_(scale.unsqueeze(-1))
     if tensor.has("act_pre_scale"):
