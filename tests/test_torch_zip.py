@@ -16,13 +16,14 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_quantcheck import FormatError, inspect
+from pytest_quantcheck import FormatError, UnknownEncoding, inspect
 from pytest_quantcheck.containers import open_path, pickle_records
 from pytest_quantcheck.dtypes import DTYPES, SAFETENSORS
 from pytest_quantcheck.tensor import StoredTensor
@@ -169,6 +170,52 @@ def test_nested_state_dicts_are_found(key, tmp_path):
     assert {finding.check for finding in artifact.findings} == {"state-dict-key", "dead-storage"}
 
 
+def test_what_trainers_leave_beside_the_weights_stays_inert(tmp_path):
+    """numpy scalars and arrays, devices, sizes, bytes and sets are records; nothing of them is made."""
+    layer = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    beside = {
+        "optimizer": optimizer.state_dict(),
+        "best": numpy.float64(0.5),
+        "random": numpy.random.default_rng(1).integers(9, size=7),
+        "rng": torch.get_rng_state(),
+        "device": torch.device("cpu"),
+        "shape": torch.Size([1, 2]),
+        "raw": b"abc\xff",
+        "seen": {1, 2},
+        "more": bytearray(b"x"),
+        "dtype": torch.bfloat16,
+        "z": complex(1, 2),
+        "large": 2**80,
+    }
+    for protocol in (2, 4):
+        path = save(
+            tmp_path / f"{protocol}.ckpt", {"state_dict": layer.state_dict(), **beside}, pickle_protocol=protocol
+        )
+        artifact = inspect(path)
+        assert artifact.logical_params == 15
+        assert sum(artifact.bytes.values()) == artifact.file_bytes
+    assert artifact.bytes["dead"] >= 2 * 60
+
+
+REFUSED = [
+    ("sparse", lambda: torch.eye(3).to_sparse(), "w: is a sparse_tensor of torch, which is not read"),
+    ("on-meta", lambda: torch.ones(3, device="meta"), "w: is a meta_tensor_no_storage of torch"),
+    ("conjugate", lambda: torch.ones(3, dtype=torch.complex64).conj(), "w: is stored, but its conjugate"),
+    ("torch-ao-quantized", lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "torch.ao quantized"),
+]
+
+
+@pytest.mark.parametrize(("make", "what"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_tensors_that_are_not_their_bytes_are_refused(make, what, tmp_path):
+    path = save(tmp_path / "a.bin", {"w": make(), "v": torch.ones(2)})
+    with pytest.raises(UnknownEncoding) as caught:
+        inspect(path)
+    assert what in str(caught.value)
+
+
 def test_dead_storage_behind_a_view_is_found(tmp_path):
     artifact = inspect(save(tmp_path / "a.pt", {"v": torch.randn(1000)[:10], "w": torch.randn(5), "epoch": 3}))
     assert (artifact.logical_params, artifact.bytes["unquantized"], artifact.bytes["dead"]) == (15, 60, 3960)
@@ -217,6 +264,7 @@ def big_endian(path: Path) -> Path:
 def test_big_endian_storages_are_turned_round(tmp_path):
     names = ("float32", "bfloat16", "int64", "uint8", "complex64", "complex128", "float64")
     value = {name: torch.arange(8).to(getattr(torch, name)).view(2, 4) for name in names}
+    value["scalar"] = torch.tensor(3.5)
     turned = big_endian(save(tmp_path / "a.bin", value))
     theirs = torch.load(turned, weights_only=True)
     for name, stored in open_path(turned).tensors.items():

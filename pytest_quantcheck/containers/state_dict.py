@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pytest_quantcheck.containers import folders
 from pytest_quantcheck.containers.pickle_records import WIDTHS, Global, Inert, Tensor, Wrapper
@@ -36,17 +36,26 @@ class Checkpoint(NamedTuple):
 
 def _state_dict(value: object) -> tuple[str, Mapping[object, object]]:
     """The mapping of names to tensors, and the keys that lead to it."""
-    path: list[str] = []
-    while isinstance(value, dict):
-        if not value or any(isinstance(entry, (Tensor, Wrapper)) for entry in value.values()):
-            return ".".join(path), value
-        key = next((key for key in NESTED if isinstance(value.get(key), dict)), None)
-        if key is None or len(path) > 3:
-            keys = ", ".join(f"`{str(key)[:40]}`" for key in list(value)[:5])
-            raise FormatError(f"holds no state dict (looked for tensors, then under {', '.join(NESTED)}; has {keys})")
-        path.append(key)
-        value = value[key]
-    raise FormatError(f"holds a {type(value).__name__.lower()}, not a state dict")
+    if not isinstance(value, dict):
+        raise FormatError(f"holds a {type(value).__name__.lower()}, not a state dict")
+    path = _path(value, depth=2)
+    if path is None and value:
+        keys = ", ".join(f"`{str(key)[:40]}`" for key in list(value)[:5])
+        raise FormatError(f"holds no state dict (looked for tensors, then under {', '.join(NESTED)}; has {keys})")
+    inner: Any = value
+    for key in path or ():
+        inner = inner[key]
+    return ".".join(path or ()), inner
+
+
+def _path(value: Mapping[object, object], depth: int) -> list[str] | None:
+    """The keys that lead to tensors: a nested state dict goes before tensors that lie beside it (a random state)."""
+    for key in NESTED if depth else ():
+        inner = value.get(key)
+        path = _path(inner, depth - 1) if isinstance(inner, dict) else None
+        if path is not None:
+            return [key, *path]
+    return [] if any(isinstance(entry, (Tensor, Wrapper)) for entry in value.values()) else None
 
 
 class _Found(NamedTuple):
