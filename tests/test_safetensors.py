@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pytest_quantcheck import FormatError, inspect
 from pytest_quantcheck.containers import files, open_path
+from pytest_quantcheck.containers.live_tensor import Record
 from pytest_quantcheck.containers.safetensors import read_header
 from pytest_quantcheck.dtypes import DTYPES, SAFETENSORS
 
@@ -31,7 +32,7 @@ def entry(dtype="U8", shape=(2,), offsets=(0, 2), **more):
 
 
 def parse(raw: bytes):
-    return read_header(lambda start, stop: raw[start:stop], len(raw))
+    return read_header(Record(raw), len(raw))
 
 
 ONE = {"a": entry()}
@@ -133,7 +134,7 @@ def test_reads_what_the_library_reads(tensors):
     raw = raw_file(header, bytes(at))
     theirs = dict(safetensors.deserialize(raw))
     ours = parse(raw).tensors
-    assert {name: (dtype, list(shape)) for name, (dtype, shape, _, _) in ours.items()} == {
+    assert {name: (stored.dtype, list(stored.shape)) for name, stored in ours.items()} == {
         name: (content["dtype"], list(content["shape"])) for name, content in theirs.items()
     }
 
@@ -150,7 +151,7 @@ def test_never_reads_what_the_library_refuses(data):
     except FormatError:
         return
     theirs = dict(safetensors.deserialize(bytes(raw)))
-    assert {name: list(shape) for name, (_, shape, _, _) in ours.items()} == {
+    assert {name: list(stored.shape) for name, stored in ours.items()} == {
         n: list(c["shape"]) for n, c in theirs.items()
     }
 

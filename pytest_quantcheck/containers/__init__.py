@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from pytest_quantcheck.containers import safetensors, tflite, torch_zip
+from pytest_quantcheck.containers import gguf, safetensors, tflite, torch_zip
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container
 
 # One module per container, each with `accepts(path) -> bool` and `open_container(path) -> Container`.
 CONTAINERS: tuple[ModuleType, ...] = (
     safetensors,
+    gguf,
     torch_zip,
     tflite,
 )
@@ -41,5 +42,5 @@ def open_path(path: str | os.PathLike[str]) -> Container:
         if path.rstrip("/").endswith(ending):
             raise FormatError(f"is {what}", file=path)
     if os.path.isdir(path):
-        raise FormatError("holds no weights (looked for *.safetensors, *.bin, *.pt, *.pth, *.ckpt)", file=path)
-    raise FormatError("not a container we read (safetensors, torch, TFLite)", file=path)
+        raise FormatError("holds no weights (looked for *.safetensors, *.gguf, *.bin, *.pt, *.pth, *.ckpt)", file=path)
+    raise FormatError("not a container we read (safetensors, GGUF, torch, TFLite)", file=path)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -21,18 +21,16 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.containers import files, folders
 from pytest_quantcheck.dtypes import BITS, SAFETENSORS
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.tensor import Container, StoredTensor
+from pytest_quantcheck.tensor import Container, Source, StoredTensor
 
 HEADER_LIMIT = 100_000_000
 MAX_COUNT = 2**63 - 1
 
-Read = Callable[[int, int], bytes | bytearray]
-
 
 class Header(NamedTuple):
-    """What a safetensors header says: tensors as (dtype, shape, start, stop), offsets counted from `data_start`."""
+    """What a safetensors header says; offsets are counted from the start of the file."""
 
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+    tensors: dict[str, StoredTensor]
     metadata: Mapping[str, str]
     data_start: int
 
@@ -49,30 +47,30 @@ def open_container(path: str) -> Container:
     return folders.open_container(path, FOLDER)
 
 
-def read_header(read: Read, size: int) -> Header:
-    """Return the header of a file of `size` bytes, given a function that reads a byte range of it.
+def read_header(source: Source, size: int) -> Header:
+    """Return the header of a file of `size` bytes.
 
     Two ranges are read, whatever the size, so a remote file can be listed without its data.
     Raises `FormatError` for everything two parsers could read differently.
     """
     if size < 8:
         raise FormatError(f"{size} bytes is too short for a safetensors file (8 bytes of header length)")
-    (length,) = struct.unpack("<Q", read(0, 8))
+    (length,) = struct.unpack("<Q", source.read(0, 8))
     if length > HEADER_LIMIT:
         raise FormatError(f"header claims {length:,} bytes (limit {HEADER_LIMIT:,})")
     if 8 + length > size:
         raise FormatError(f"header claims {length:,} bytes, the file has {size - 8:,} after the length: truncated")
-    raw = read(8, 8 + length)
+    raw = source.read(8, 8 + length)
     if raw[:1] != b"{":
         raise FormatError("header does not start with `{`")
     entries = strict_json.parse(raw, None, limit=HEADER_LIMIT)
     if not isinstance(entries, dict):
         raise FormatError("header is not an object of tensors")
     metadata = _metadata(entries.pop("__metadata__")) if "__metadata__" in entries else None
-    tensors = {name: _checked(name, entry) for name, entry in entries.items()}
+    tensors = {name: _stored(name, entry, source, 8 + length) for name, entry in entries.items()}
     pairs = 4 * len(tensors) + (0 if metadata is None else 1 + len(metadata))
     strict_json.refuse_duplicates(raw, pairs, limit=HEADER_LIMIT)
-    _check_coverage(tensors, size - 8 - length)
+    _check_coverage(tensors, 8 + length, size)
     return Header(tensors, metadata or {}, 8 + length)
 
 
@@ -82,7 +80,7 @@ def _metadata(entry: object) -> Mapping[str, str]:
     return entry
 
 
-def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
+def _stored(name: str, entry: object, source: Source, base: int) -> StoredTensor:
     if not isinstance(entry, dict) or len(entry) != 3:
         raise FormatError(_FIELDS, tensor=name)
     try:
@@ -99,38 +97,36 @@ def _checked(name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
         # bool is an int to Python and 1.0 equals 1: only a real, non-negative integer is a size.
         if type(number) is not int or number < 0 or number > MAX_COUNT:
             raise FormatError(f"`{number}` is not a size (0 to 2^63-1)", tensor=name)
-    total_bits = prod(shape) * bits
-    if total_bits % 8:
+    nbytes, rest = divmod(prod(shape) * bits, 8)
+    if rest:
         raise FormatError(f"{dtype} {shape} does not fill whole bytes", tensor=name)
-    if stop - start != total_bits // 8:
-        raise FormatError(
-            f"{dtype} {shape} needs {total_bits // 8:,} bytes, its range has {stop - start:,}", tensor=name
-        )
-    return dtype, tuple(shape), start, stop
+    if stop - start != nbytes:
+        raise FormatError(f"{dtype} {shape} needs {nbytes:,} bytes, its range has {stop - start:,}", tensor=name)
+    return StoredTensor(name, dtype, tuple(shape), nbytes, source, base + start)
 
 
 _BITS = {name: BITS[name] for name in SAFETENSORS}
 _FIELDS = "entry has not exactly `dtype`, `shape` and `data_offsets`"
 
 
-def _check_coverage(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], data_size: int) -> None:
+def _check_coverage(tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
     """Every byte of the data belongs to exactly one tensor."""
-    at = 0
-    for _, _, start, stop in tensors.values():  # most headers are in the order of the data
-        if start != at:
+    at = base
+    for stored in tensors.values():
+        if stored.offset != at:
             break
-        at = stop
-    else:
-        return _check_end(at, data_size)
-    at = 0
-    for start, stop, name in sorted((start, stop, name) for name, (_, _, start, stop) in tensors.items()):
-        if start != at:
+        at += stored.nbytes
+    else:  # most headers are in the order of the data
+        return _check_end(at - base, size - base)
+    at = base
+    for offset, nbytes, name in sorted((stored.offset, stored.nbytes, name) for name, stored in tensors.items()):
+        if offset != at:
             fault = (
-                "overlaps the tensor before it" if start < at else f"leaves a hole of {start - at:,} bytes before it"
+                f"leaves a hole of {offset - at:,} bytes before it" if offset > at else "overlaps the tensor before it"
             )
-            raise FormatError(f"starts at byte {start:,} and {fault} (no holes, no overlaps)", tensor=name)
-        at = stop
-    return _check_end(at, data_size)
+            raise FormatError(f"starts at byte {offset - base:,} and {fault} (no holes, no overlaps)", tensor=name)
+        at += nbytes
+    return _check_end(at - base, size - base)
 
 
 def _check_end(at: int, data_size: int) -> None:
@@ -140,18 +136,12 @@ def _check_end(at: int, data_size: int) -> None:
         raise FormatError(f"{data_size - at:,} bytes follow the last tensor (nothing may)")
 
 
-def _tensors_of(file: files.File, *, shown: str) -> folders.Shard:
-    """The stored tensors of one file, and what lies around them."""
+def _read_shard(file: files.File, *, shown: str) -> folders.Shard:
     try:
-        header = read_header(file.read, file.size)
+        header = read_header(file, file.size)
     except FormatError as error:
         raise error.at(file=shown) from None
-    base = header.data_start
-    tensors = {
-        name: StoredTensor(name, dtype, shape, stop - start, file, base + start)
-        for name, (dtype, shape, start, stop) in header.tensors.items()
-    }
-    return folders.Shard(tensors, {"metadata": base}, header.metadata)
+    return folders.Shard(header.tensors, {"metadata": header.data_start}, header.metadata)
 
 
-FOLDER = folders.Layout("safetensors", (".safetensors",), "model.safetensors", _tensors_of)
+FOLDER = folders.Layout("safetensors", (".safetensors",), "model.safetensors", _read_shard)
