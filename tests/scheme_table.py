@@ -103,11 +103,11 @@ HEADER = ("scheme", "rows", "live", "disk", *LIVE_COUNTERS, "Hub")
 
 
 def lines(cases: Iterable[Case]) -> dict[str, str]:
-    """Return the Markdown line of each scheme that has rows."""
+    """Return the Markdown line of each scheme."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(case.scheme, []).append(case)
-    return {scheme: _line(scheme, groups[scheme]) for scheme in variants() if scheme in groups}
+    return {scheme: _line(scheme, groups.get(scheme, [])) for scheme in variants()}
 
 
 def variants() -> list[str]:
@@ -168,6 +168,7 @@ the layer counts as nothing. They are `sum(p.numel() for p in model.parameters()
 with its correction for 4 bits switched on, PEFT's `get_nb_trainable_parameters()`, and huggingface_hub's metadata of a
 file. A range is over rows of different bit widths, storage types and sizes.
 
+*0* rows: what the library's source says, or held by tests of its own (TFLite, unknown ggml types, activation scales).
 *3 of 5* rows says that two need a library that does not install beside the others; the tests take them where it is.
 
 This page is written by `python -m tests.scheme_table`, and a test holds it to what is measured.

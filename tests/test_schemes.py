@@ -9,7 +9,7 @@ import torch
 
 from pytest_quantcheck import NotDecodable, inspect
 from tests.cases import Case, Made, all_cases
-from tests.scheme_table import PAGE, lines, saved, variants
+from tests.scheme_table import PAGE, lines, saved
 
 CASES = all_cases()
 
@@ -79,10 +79,6 @@ def test_windows_equal_the_whole(case, artifact, made):
     windows = [tensor.decode(start, stop) for start, stop in tensor.windows(elements=5 * tensor.columns)]
     assert torch.equal(torch.cat(windows).nan_to_num(), tensor.decode().nan_to_num())
     assert tensor.decode(1, 1).shape == (0, tensor.columns)
-
-
-def test_no_scheme_is_without_a_row():
-    assert set(variants()) - {case.scheme for case in CASES} == set()
 
 
 def test_the_table_in_the_docs_is_what_is_measured():
