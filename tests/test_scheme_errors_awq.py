@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import safetensors.torch
 import torch
 
 from pytest_quantcheck import inspect
 from pytest_quantcheck.errors import FormatError, NotDecodable
+from tests.broken import put, saved, without
 from tests.cases.awq import NOTHING, golden, marlin_of_gptq
 from tests.cases.buffer_linear import live_layer
-
-
-def saved(tmp_path, made, change=None):
-    tensors = dict(made.tensors)
-    if change:
-        change(tensors)
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
-                                tmp_path / "model.safetensors")  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(made.config))
-    return tmp_path
-
-
-def without(part):
-    return lambda tensors: tensors.pop(f"layer.{part}")
-
-
-def put(part, tensor):
-    return lambda tensors: tensors.__setitem__(f"layer.{part}", tensor)
-
 
 I32, F16 = torch.int32, torch.float16
 

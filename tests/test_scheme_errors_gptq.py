@@ -11,27 +11,14 @@ import torch
 from pytest_quantcheck import inspect
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import gptq
+from tests import broken
+from tests.broken import put, without
 from tests.cases.buffer_linear import live_layer
 from tests.cases.gptq import MODULE, NOTHING, golden
 
 
 def saved(tmp_path, case="act-order", change=None, **config):
-    made = golden(case, **config)()
-    tensors = dict(made.tensors)
-    if change:
-        change(tensors)
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
-                                tmp_path / "model.safetensors")  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(made.config))
-    return tmp_path
-
-
-def without(part):
-    return lambda tensors: tensors.pop(f"layer.{part}")
-
-
-def put(part, tensor):
-    return lambda tensors: tensors.__setitem__(f"layer.{part}", tensor)
+    return broken.saved(tmp_path, golden(case, **config)(), change)
 
 
 I32, F16 = torch.int32, torch.float16

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
@@ -73,46 +72,45 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     weight = namespace.tensors.get(name)
     if weight is None:
         raise FormatError(f"has no weight `{name}` beside it", tensor=anchor.name)
-    states = [
-        stored
-        for kind in ("nf4", "fp4", LOST, PENDING)
-        if (stored := namespace.tensors.get(f"{name}.{STATE}{kind}")) is not None
-    ]
-    if len(states) != 1:
-        what = (
-            "two quantization states"
-            if states
-            else f"no `{name}.{STATE}nf4` or `fp4`: its quantization state is missing"
-        )
-        raise FormatError(f"has {what}", tensor=name)
-    state = _read_state(states[0])
-    if states[0].name.endswith(PENDING):
-        return _pending(weight, states[0])
-    parts = [Part("weight", "codes", weight)]
-    for part, kind in PARTS.items():
-        stored = namespace.tensors.get(f"{name}.{part}")
-        if stored is not None:
-            parts.append(Part(part, kind, stored))
-    parts.append(Part("quant_state", "bookkeeping", states[0]))
-    shape = _shape(state, states[0])
-    quant_type = state.get("quant_type")
-    if states[0].name.endswith(LOST):
-        _check_codes(weight, prod(shape))
-        return LogicalTensor(name, shape, f"bnb-{quant_type or '4bit'}", "parameter", tuple(parts), _decode_lost)
-    layout = _layout(state, states[0])
+    record = _record(name, namespace)
+    if record.name.endswith(PENDING):
+        return _pending(weight, record)
+    state = _read_state(record)
     tensor = LogicalTensor(
         name,
-        shape,
-        f"bnb-{layout.quant_type}",
+        _shape(state, record),
+        f"bnb-{state.get('quant_type') or '4bit'}",
         "parameter",
-        tuple(parts),
+        _parts(weight, record, namespace),
         decode,
-        layout,
-        block=layout.blocksize,
-        floor_db=_floor_db(layout),
     )
+    if record.name.endswith(LOST):
+        _check_codes(weight, tensor.params)
+        return tensor._replace(decoder=_decode_lost)
+    layout = _layout(state, record)
     _check(tensor, layout)
-    return tensor
+    return tensor._replace(layout=layout, block=layout.blocksize, floor_db=_floor_db(layout))
+
+
+def _record(name: str, namespace: Namespace) -> StoredTensor:
+    """The one quantization state of a weight."""
+    kinds = ("nf4", "fp4", LOST, PENDING)
+    found = [stored for kind in kinds if (stored := namespace.tensors.get(f"{name}.{STATE}{kind}")) is not None]
+    if len(found) > 1:
+        raise FormatError("has two quantization states", tensor=name)
+    if not found:
+        what = f"has no `{name}.{STATE}nf4` or `fp4`: its quantization state is missing"
+        raise FormatError(what, tensor=name)
+    return found[0]
+
+
+def _parts(weight: StoredTensor, record: StoredTensor, namespace: Namespace) -> tuple[Part, ...]:
+    statistics = [
+        Part(part, kind, stored)
+        for part, kind in PARTS.items()
+        if (stored := namespace.tensors.get(f"{weight.name}.{part}")) is not None
+    ]
+    return (Part("weight", "codes", weight), *statistics, Part("quant_state", "bookkeeping", record))
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:

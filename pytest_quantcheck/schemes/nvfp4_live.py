@@ -83,5 +83,5 @@ SCHEME = Scheme(
     live={"transformers.NVFP4Linear": expose},
     source="transformers 5.17.0, integrations/nvfp4.py",
     verified="transformers 5.17.0 (sizes)",
-    decoded="",
+    decoded="no",
 )

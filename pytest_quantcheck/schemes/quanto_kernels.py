@@ -164,5 +164,5 @@ SCHEME = Scheme(
     },
     source="optimum-quanto 0.2.7, tensor/weights",
     verified="optimum-quanto 0.2.7 (TinyGemm on the CPU; AWQ by its Python packing)",
-    decoded="CPU (TinyGemm), CPU and CUDA (AWQ)",
+    decoded="CPU (TinyGemm, AWQ)",
 )

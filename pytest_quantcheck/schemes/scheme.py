@@ -58,4 +58,4 @@ class Scheme:
     refuse: Refuse | None = None
     source: str = ""
     verified: str = ""
-    decoded: str = "CPU, CUDA"
+    decoded: str = "CPU"

@@ -126,5 +126,5 @@ SCHEME = Scheme(
     live={f"transformer_engine.{kind}": expose for kind in (*VARIANTS, "QuantizedTensor")},
     source="TransformerEngine (main, 2026), pytorch/tensor/storage",
     verified="read, not run",
-    decoded="CPU, CUDA (float8 and blockwise)",
+    decoded="not run: needs a GPU",
 )
