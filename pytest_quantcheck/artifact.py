@@ -18,7 +18,7 @@ from pytest_quantcheck import containers, schemes
 from pytest_quantcheck.containers import live_module
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import BYTE_CLASSES, COUNTED, ByteClass, Container, LogicalTensor
+from pytest_quantcheck.tensor import BYTE_CLASSES, COUNTED, ByteClass, Container, LogicalTensor, SideFile
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ class Artifact:
     aliases: Mapping[str, str] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    beside: tuple[SideFile, ...] = ()
 
     def __repr__(self) -> str:
         size = f"{self.logical_params:,} parameters in {len(self.tensors):,} tensors"
@@ -247,6 +248,7 @@ def _artifact(container: Container) -> Artifact:
         aliases,
         container.configs,
         (*container.findings, *findings),
+        container.beside,
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `quantcheck inspect`, `compare`, `lint`.
+"""The command line: `quantcheck inspect`, `why`, `diff`, `compare`, `lint`.
 
 Exit code 0: all good, notes and warnings included. 1: findings of severity error (`--strict`: warnings too).
 2: could not check; one line on stderr says why.
@@ -67,6 +67,65 @@ def _show(path: str, as_json: bool, verify_architecture: bool) -> Sequence[Findi
 
         print_artifact(artifact)
     return artifact.findings
+
+
+@cli.command(short_help="Explain the size: where the bytes go, and what could be saved.")
+@click.argument("path", type=click.Path())
+@json_option
+@click.option(
+    "--depth",
+    type=click.IntRange(0, 4),
+    default=2,
+    show_default=True,
+    help="How far the tree goes: 1 components, 2 layers, 3 tensors, 4 parts; 0 shows none.",
+)
+def why(path: str, as_json: bool, depth: int) -> int:
+    """Explain why PATH has the size it has: what it was expected to be, and every byte under its reason.
+
+    Each reason says what it could save at most. Large tensors of one size are compared by content.
+    """
+    from pytest_quantcheck.artifact import inspect as inspect_path
+    from pytest_quantcheck.checks.tree import tree
+    from pytest_quantcheck.checks.why import explain
+
+    artifact = inspect_path(path)
+    explanation, root = explain(artifact), tree(artifact, depth)
+    if as_json:
+        from pytest_quantcheck.report.json import of_explanation
+
+        _print_json(of_explanation(explanation, root))
+    else:
+        from pytest_quantcheck.report.sizes import print_explanation
+
+        print_explanation(explanation, root)
+    return OK
+
+
+@cli.command(short_help="List what grew and what shrank from one checkpoint to another.")
+@click.argument("old", type=click.Path())
+@click.argument("new", type=click.Path())
+@json_option
+@click.option(
+    "--limit", type=click.IntRange(0), default=20, show_default=True, help="Rows of tensors; the rest are summed."
+)
+def diff(old: str, new: str, as_json: bool, limit: int) -> int:
+    """List what changed from OLD to NEW, per byte class and per tensor: what grew most first, then what shrank most.
+
+    Only headers are read. A difference is no finding: the exit code is 0.
+    """
+    from pytest_quantcheck.artifact import inspect as inspect_path
+    from pytest_quantcheck.checks.diff import difference
+
+    found = difference(inspect_path(old), inspect_path(new))
+    if as_json:
+        from pytest_quantcheck.report.json import of_difference
+
+        _print_json(of_difference(found, limit))
+    else:
+        from pytest_quantcheck.report.sizes import print_difference
+
+        print_difference(found, limit)
+    return OK
 
 
 @cli.command(short_help="Compare decoded values with the original.")

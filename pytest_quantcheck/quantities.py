@@ -44,6 +44,27 @@ def format_size(nbytes: int) -> str:
     return f"{nbytes} B" if unit is None else f"{nbytes / _SI[unit]:.2f} {unit}"
 
 
+def format_binary_size(nbytes: int) -> str:
+    """Return bytes in the IEC unit that leaves one to four digits before the point.
+
+    >>> format_binary_size(4459986944), format_binary_size(-1536), format_binary_size(12)
+    ('4.15 GiB', '-1.50 KiB', '12 B')
+    """
+    size = abs(nbytes)
+    unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if size >= _IEC[unit.upper()]), None)
+    return f"{nbytes} B" if unit is None else f"{nbytes / _IEC[unit.upper()]:.2f} {unit}"
+
+
+def format_sizes(nbytes: int) -> str:
+    """Return bytes in both kinds of unit.
+
+    >>> format_sizes(4459986944), format_sizes(12)
+    ('4.46 GB (4.15 GiB)', '12 B')
+    """
+    si, iec = format_size(nbytes), format_binary_size(nbytes)
+    return si if si == iec else f"{si} ({iec})"
+
+
 def parse_count(text: str) -> tuple[Decimal, Decimal]:
     """Return a written count and half a unit of its last written digit.
 

@@ -240,6 +240,14 @@ class LogicalTensor(NamedTuple):
             yield start, min(start + step, self.rows)
 
 
+class SideFile(NamedTuple):
+    """A file of the folder that holds no tensor of the artifact, and the class its bytes are in: metadata or dead."""
+
+    name: str
+    kind: ByteClass
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class Container:
     """Everything a container knows: names, dtypes, stored shapes, byte ranges, and what lies around them."""
@@ -254,3 +262,4 @@ class Container:
     findings: tuple[Finding, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)  # by stored name
+    beside: tuple[SideFile, ...] = ()  # their bytes are in `overhead`

@@ -42,7 +42,7 @@ def test_every_command_has_a_section(name):
     assert f"## quantcheck {name}\n" in PAGES["reference/cli.md"]
 
 
-@pytest.mark.parametrize("name", ["inspect", "compare"])
+@pytest.mark.parametrize("name", ["inspect", "why", "diff", "compare"])
 def test_every_option_of_a_command_is_shown(name):
     usage = CliRunner().invoke(cli.cli, [name, "--help"], prog_name="quantcheck", terminal_width=80).output
     for option in re.findall(r"--[\w-]+", usage):
@@ -96,6 +96,30 @@ def test_json_keys_of_compare_are_those_documented(tmp_path):
     assert produced == _documented("quantcheck compare --json")
 
 
+def test_json_keys_of_why_are_those_documented(tmp_path):
+    from pytest_quantcheck.artifact import inspect as inspect_artifact
+    from pytest_quantcheck.checks.tree import tree
+    from pytest_quantcheck.checks.why import explain
+
+    artifact = inspect_artifact(_checkpoint(tmp_path))
+    produced = _keys(json_report.of_explanation(explain(artifact), tree(artifact)))
+    assert {key for key in produced if not key.startswith("tree.children[]")} == _documented("quantcheck why --json")
+
+
+def test_json_keys_of_diff_are_those_documented(tmp_path):
+    from pytest_quantcheck.artifact import inspect as inspect_artifact
+    from pytest_quantcheck.checks.diff import difference
+
+    old, new = (inspect_artifact(_checkpoint(tmp_path / f"{rows}-rows", rows)) for rows in (2, 3))
+    produced = _keys(json_report.of_difference(difference(old, new), 5), variable={"bytes": "CLASS"})
+    of_totals = {
+        f"{total}.{key}"
+        for total in ("file_bytes", "logical_params", "outside_tensors", "bytes.CLASS")
+        for key in ("old", "new", "growth")
+    }
+    assert produced - of_totals == _documented("quantcheck diff --json")
+
+
 def test_json_has_null_where_there_is_no_finite_value(tmp_path):
     from pytest_quantcheck.artifact import inspect as inspect_artifact
     from pytest_quantcheck.checks.fidelity import compare
@@ -137,13 +161,13 @@ def test_every_page_is_in_a_table_of_contents():
     assert pages - {"index"} == listed
 
 
-def _checkpoint(folder: Path) -> Path:
+def _checkpoint(folder: Path, rows: int = 2) -> Path:
     """A plain checkpoint whose index says a wrong total, so that there is a finding."""
     import safetensors.torch
     import torch
 
     folder.mkdir(exist_ok=True)
-    safetensors.torch.save_file({"layer.weight": torch.arange(6.0).view(2, 3)}, folder / "model.safetensors")
+    safetensors.torch.save_file({"layer.weight": torch.arange(3.0 * rows).view(rows, 3)}, folder / "model.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": {"layer.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -90,25 +90,32 @@ def _bad_values(tensor: LogicalTensor, part: Part) -> Iterator[Finding]:
 
 
 def _duplicates(artifact: Artifact) -> Iterator[Finding]:
-    """Tensors of one size whose bytes are the same; what is only equal in its first bytes is hashed whole."""
+    for first, copy in repeated(artifact):
+        what = f"holds the same bytes as `{first.name}`: {format_size(copy.nbytes)} could be saved"
+        yield Finding("duplicate-tensor", "warning", copy.name, what)
+
+
+def repeated(artifact: Artifact) -> Iterator[tuple[LogicalTensor, LogicalTensor]]:
+    """Yield each large tensor whose bytes another holds before it, as (first, copy); nothing for a live model.
+
+    What is equal in size and in its first bytes is hashed whole.
+    """
     if artifact.container == "live":
         return
     candidates = [t for t in artifact.parameters if t.stored.nbytes >= DUPLICATE_MIN]
-    for group in _groups(candidates, lambda stored: (stored.dtype, stored.nbytes)):
-        for sampled in _groups(group, lambda stored: bytes(_chunk(stored, 0, SAMPLE))):
-            for same in _groups(sampled, _digest):
-                first, *copies = same
+    for group in _groups(candidates, lambda tensor: (tensor.shape, tensor.stored.dtype, tensor.nbytes)):
+        for sampled in _groups(group, lambda tensor: bytes(_chunk(tensor.stored, 0, SAMPLE))):
+            if _is_constant(sampled[0].stored):
+                continue  # freshly initialised norms and biases are all alike
+            for first, *copies in _groups(sampled, _digest):
                 for copy in copies:
-                    if _is_constant(copy.stored):
-                        continue  # freshly initialised norms and biases are all alike
-                    what = f"holds the same bytes as `{first.name}`: {format_size(copy.nbytes)} could be saved"
-                    yield Finding("duplicate-tensor", "warning", copy.name, what)
+                    yield first, copy
 
 
-def _groups(tensors: Iterable[LogicalTensor], key: Callable[[StoredTensor], object]) -> Iterator[list[LogicalTensor]]:
+def _groups(tensors: Iterable[LogicalTensor], key: Callable[[LogicalTensor], object]) -> Iterator[list[LogicalTensor]]:
     groups: dict[object, list[LogicalTensor]] = {}
     for tensor in tensors:
-        groups.setdefault(key(tensor.stored), []).append(tensor)
+        groups.setdefault(key(tensor), []).append(tensor)
     return (group for group in groups.values() if len(group) > 1)
 
 
@@ -116,14 +123,16 @@ def _chunk(stored: StoredTensor, start: int, stop: int) -> bytearray:
     return stored.source.read(stored.offset + start, stored.offset + min(stop, stored.nbytes))
 
 
-def _digest(stored: StoredTensor) -> bytes:
+def _digest(tensor: LogicalTensor) -> bytes:
+    """A digest of all parts: equal codes with other scales are other values."""
     digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, stored.nbytes, CHUNK):
-        digest.update(_chunk(stored, start, start + CHUNK))
+    for part in tensor.parts:
+        for start in range(0, part.stored.nbytes, CHUNK):
+            digest.update(_chunk(part.stored, start, start + CHUNK))
     return digest.digest()
 
 
 def _is_constant(stored: StoredTensor) -> bool:
     width = max(1, DTYPES[stored.dtype].bits // 8)
     chunk = _chunk(stored, 0, SAMPLE)
-    return chunk == chunk[:width] * (len(chunk) // width)
+    return chunk == (chunk[:width] * -(-len(chunk) // width))[: len(chunk)]

@@ -8,7 +8,7 @@ from collections import Counter
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.quantities import counted
 
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -16,7 +16,7 @@ def stacks(artifact: Artifact) -> dict[str, dict[int, int]]:
     """Return the logical parameters of each layer, by stack (`model.layers`) and index; adapters left out."""
     found: dict[str, Counter[int]] = {}
     for tensor in artifact.parameters:
-        match = _LAYER.match(tensor.name)
+        match = LAYER.match(tensor.name)
         if match and tensor.role == "parameter":
             found.setdefault(match.group(1), Counter())[int(match.group(2))] += tensor.params
     return {stack: dict(sorted(layers.items())) for stack, layers in found.items()}

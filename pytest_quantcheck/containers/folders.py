@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import ByteClass, Container, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Container, SideFile, StoredTensor
 
 # JSON files beside the weights that say how they are encoded.
 CONFIGS = (
@@ -118,6 +118,7 @@ def _open_folder(folder: str, layout: Layout, *, index: str | None = None) -> Co
         aliases=whole.aliases,
         findings=(*_stale_total(total_size, whole, data_bytes, index), *whole.findings, *_orphans(orphans)),
         metadata=whole.metadata,
+        beside=tuple(SideFile(name, "dead" if name in orphans else "metadata", beside[name]) for name in beside),
     )
 
 

@@ -29,7 +29,7 @@ from pytest_quantcheck.containers import files, gguf_names
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import ByteClass, Container, Origin, Source, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Container, Origin, SideFile, Source, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,8 @@ def open_container(path: str) -> Container:
     present = files.listing(path)
     first = _find_model(path, present)
     container = _open(os.path.join(path, first))
-    beside = sum(size for name, size in present.items() if not name.endswith(".gguf"))
+    side = tuple(SideFile(name, "metadata", size) for name, size in present.items() if not name.endswith(".gguf"))
+    beside = sum(file.nbytes for file in side)
     overhead = {**container.overhead, "metadata": container.overhead["metadata"] + beside}
     return Container(
         container.kind,
@@ -161,6 +162,7 @@ def open_container(path: str) -> Container:
         findings=container.findings,
         metadata=container.metadata,
         origins=container.origins,
+        beside=side,
     )
 
 

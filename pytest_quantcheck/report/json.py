@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
+from pytest_quantcheck.checks.tree import Node
+from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.tensor import LogicalTensor
 
@@ -44,6 +47,64 @@ def of_comparison(comparison: Comparison) -> dict[str, Any]:
         "findings": _findings(comparison.findings),
         "tensors": [_fidelity(row) for row in comparison.tensors],
     }
+
+
+def of_explanation(explanation: Explanation, root: Node) -> dict[str, Any]:
+    """Return what `quantcheck why --json` prints."""
+    bits = explanation.bits
+    return {
+        "schema": SCHEMA,
+        "source": explanation.source,
+        "container": explanation.container,
+        "logical_params": explanation.logical_params,
+        "file_bytes": explanation.file_bytes,
+        "bits": None if bits is None else _rounded(float(bits)),
+        "bytes_in_16_bit": explanation.bytes_in_16_bit,
+        "bytes_in_32_bit": explanation.bytes_in_32_bit,
+        "expected_bytes": explanation.expected_bytes,
+        "code_bytes": explanation.code_bytes,
+        "reasons": [_reason(reason) for reason in explanation.reasons],
+        "tree": _node(root),
+    }
+
+
+def of_difference(difference: Difference, limit: int) -> dict[str, Any]:
+    """Return what `quantcheck diff --json` prints."""
+    rest = difference.tensors[limit:]
+    return {
+        "schema": SCHEMA,
+        "old": difference.old_source,
+        "new": difference.new_source,
+        "file_bytes": _total(difference.file_bytes),
+        "logical_params": _total(difference.logical_params),
+        "outside_tensors": _total(difference.outside),
+        "bytes": {kind: _total(total) for kind, total in difference.classes.items()},
+        "changed": len(difference.tensors),
+        "unchanged": difference.unchanged,
+        "tensors": [change._asdict() | {"growth": change.growth} for change in difference.tensors[:limit]],
+        "rest": {"tensors": len(rest), "growth": sum(change.growth for change in rest)},
+    }
+
+
+def _reason(reason: Reason) -> dict[str, Any]:
+    return {
+        "kind": reason.kind,
+        "bytes": reason.bytes,
+        "share": _rounded(reason.share),
+        "count": reason.holders,
+        "names": list(reason.names),
+        "dtypes": list(reason.dtypes),
+        "savings": [saving._asdict() for saving in reason.savings],
+    }
+
+
+def _node(node: Node) -> dict[str, Any]:
+    children = [_node(child) for child in node.children]
+    return {"level": node.level, "name": node.name, "bytes": node.bytes, "count": node.number, "children": children}
+
+
+def _total(total: Total) -> dict[str, int]:
+    return {"old": total.old, "new": total.new, "growth": total.growth}
 
 
 def _tensor(tensor: LogicalTensor) -> dict[str, Any]:

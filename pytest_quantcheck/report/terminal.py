@@ -29,7 +29,7 @@ def print_artifact(artifact: Artifact) -> None:
     """Print every tensor, what is stored beside what it means, then the totals and the findings."""
     live = artifact.container == "live"
     tensors = sorted(artifact.tensors, key=_natural)
-    console = _console()
+    console = open_console()
     if console is None or len(tensors) > MANY:
         _print_columns(_tensor_header(live), _tensor_rows(tensors, live))
     else:
@@ -44,7 +44,7 @@ def print_artifact(artifact: Artifact) -> None:
 def print_comparison(comparison: Comparison) -> None:
     """Print the fidelity of every tensor, worst first, then the verdict and the findings."""
     header = ("tensor", "scheme", "SQNR dB", "expected", "gain", "bias", "max error", "worst block")
-    console = _console()
+    console = open_console()
     equal = [row for row in comparison.tensors if row.scheme == "plain" and not row.noise and not row.faults]
     rows = [row for row in comparison.tensors if row not in equal]
     if not rows:
@@ -97,7 +97,7 @@ def finding_line(finding: Finding) -> str:
     return printable(f"{finding.severity}: {where}{finding.message} [{finding.check}]")
 
 
-def _console() -> Console | None:
+def open_console() -> Console | None:
     """A console where the output is a terminal; None where it is piped."""
     import sys
 
