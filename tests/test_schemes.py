@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pytest_quantcheck import NotDecodable, inspect
+from pytest_quantcheck.checks.tree import tree
+from pytest_quantcheck.checks.why import explain
 from tests.cases import Case, Made, all_cases
 from tests.scheme_table import PAGE, lines, saved
 
@@ -51,6 +53,8 @@ def test_counts_exactly(case, artifact):
 @each_case
 def test_bytes_add_up(case, artifact):
     assert sum(artifact.bytes.values()) == artifact.file_bytes
+    assert sum(reason.bytes for reason in explain(artifact).reasons) == artifact.file_bytes
+    assert tree(artifact).bytes == artifact.file_bytes
     if case.bytes is not None:
         measured = artifact.tensor(case.name).bytes
         assert {kind: measured.get(kind, 0) for kind in case.bytes} == case.bytes

@@ -8,24 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 import pytest_quantcheck.report
 from pytest_quantcheck import inspect
+from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.diff import difference
+from pytest_quantcheck.checks.tree import tree
 from pytest_quantcheck.checks.why import explain
-from tests import layouts
+from pytest_quantcheck.report import sizes
+from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from tests import gguf_files, layouts
 from tests.layouts import Entry
+from tests.test_cli import on_a_terminal, quantcheck
 
 REPORT = Path(pytest_quantcheck.report.__path__[0])
 WHY, DIFF = (json.loads((REPORT / f"{name}.schema.json").read_text()) for name in ("why", "diff"))
 MATRIX = (128, 640)  # 81,920 values
 BF16 = 2 * 81_920
 NF4 = 81_920 // 2 + 4 * 1_280 + 64  # codes, absmax, quant_map; the record of the state is extra
-
-
-def quantcheck(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest_quantcheck", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def noise(seed: int, size: int = BF16) -> bytes:
@@ -109,3 +111,228 @@ def test_the_lines_account_for_mistral(mistral):
     assert (explanation.bits, explanation.expected_bytes) == (4, 7_241_732_096 // 2)
     assert explanation.bytes_in_16_bit * 4 // 16 == explanation.bytes_in_32_bit * 4 // 32 == explanation.expected_bytes
     assert explanation.code_bytes == 6_979_321_856 // 2
+
+
+def with_content(name: str, codes: int, scales: int) -> list[Entry]:
+    """An NF4 weight whose codes and scales come from these seeds."""
+    packed, absmax, *rest = layouts.nf4(name, (256, 640))
+    return [
+        packed._replace(content=noise(codes, packed.nbytes)),
+        absmax._replace(content=noise(scales, absmax.nbytes)),
+        *rest,
+    ]
+
+
+def test_equal_codes_under_other_scales_are_no_copy(tmp_path):
+    weights = {"first.weight": (0, 0), "scaled.weight": (0, 1), "copy.weight": (0, 0)}
+    entries = [entry for name, seeds in weights.items() for entry in with_content(name, *seeds)]
+    (copies,) = (r for r in explain(inspect(checkpoint(tmp_path / "model", entries))).reasons if r.kind == "copies")
+    assert copies.names == ("copy.weight",)
+
+
+def test_bits_above_the_most_common_are_weighed_apart(tmp_path):
+    """As llama.cpp mixes: Q4_K has 128 bytes of codes in 256 values, Q6_K 192."""
+    tensors = [
+        gguf_files.Tensor("blk.0.ffn_down.weight", "Q4_K", (4, 256)),
+        gguf_files.Tensor("blk.0.attn_v.weight", "Q6_K", (2, 256)),
+    ]
+    artifact = inspect(gguf_files.write_sparse(tmp_path / "a.gguf", tensors))
+    reasons = {reason.kind: reason for reason in explain(artifact).reasons}
+    assert explain(artifact).bits == 4
+    assert reasons["codes"].bytes == 4 * 128 + 2 * 128
+    assert (reasons["higher_bits"].bytes, reasons["higher_bits"].could_save) == (2 * 64, 2 * 64)
+    assert reasons["higher_bits"].names == ("blk.0.attn_v.weight",)
+    assert reasons["scales"].savings == reasons["zero_points"].savings == ()
+
+
+class Zeros:
+    """Where tensors are that weigh, and that nobody reads."""
+
+    def read(self, start: int, stop: int) -> bytearray:
+        return bytearray(stop - start)
+
+
+def logical(name: str, shape: tuple[int, ...], parts: dict[str, tuple[str, int]], role: str = "parameter"):
+    """A tensor whose parts weigh what they should: class -> (dtype, bytes)."""
+    stored = [
+        Part(kind, kind, StoredTensor(name, dtype, shape, size, Zeros())) for kind, (dtype, size) in parts.items()
+    ]
+    scheme = "onnx-matmul-nbits" if "codes" in parts else "plain"
+    return LogicalTensor(name, shape, scheme, role, tuple(stored), None, block=32)
+
+
+def smollm2(scale: str = "F32") -> Artifact:
+    """SmolLM2-135M as onnxruntime quantizes it in blocks of 32: what people ask about (file-formats, 2.5)."""
+    width = {"F32": 4, "F16": 2}[scale]
+    vocab, linears = 28_311_552, 106_168_320
+
+    def four_bits(name: str, shape: tuple[int, int], role: str = "parameter") -> LogicalTensor:
+        values = shape[0] * shape[1]
+        return logical(name, shape, {"codes": ("U8", values // 2), "scales": (scale, values // 32 * width)}, role)
+
+    tensors = (
+        logical("model.embed_tokens.weight", (49_152, 576), {"unquantized": (scale, vocab * width)}),
+        four_bits("model.layers.0.weight", (linears // 576, 576)),
+        four_bits("lm_head.weight", (49_152, 576), "tied"),
+        logical("cos_cache", (8192, 32), {"buffers": (scale, 262_144 * width)}, "buffer"),
+        logical("sin_cache", (8192, 32), {"buffers": (scale, 262_144 * width)}, "buffer"),
+        logical("model.norm.weight", (35_136,), {"unquantized": (scale, 35_136 * width)}),
+    )
+    rest = 126_108
+    return Artifact("model_q4.onnx", "onnx", tensors, sum(t.nbytes for t in tensors) + rest, {"metadata": rest})
+
+
+@pytest.mark.parametrize(("scale", "codes", "embedding"), [("F32", 0.337, 0.567), ("F16", 0.504, 0.424)])
+def test_the_puzzle_is_answered_in_the_first_lines(scale, codes, embedding, capsys):
+    artifact = smollm2(scale)
+    explanation = explain(artifact)
+    assert artifact.logical_params == 134_515_008
+    assert explanation.code_bytes == 67_239_936
+    assert explanation.code_bytes / explanation.file_bytes == pytest.approx(codes, abs=1e-3)
+    reasons = {reason.kind: reason for reason in explanation.reasons}
+    assert reasons["embedding"].share == pytest.approx(embedding, abs=1e-3)
+    assert reasons["copies"].could_save == 28_311_552 // 2 + 28_311_552 // 32 * (4 if scale == "F32" else 2)
+    assert sum(reason.bytes for reason in explanation.reasons) == explanation.file_bytes
+    sizes.print_explanation(explanation, tree(artifact, 0))
+    first = capsys.readouterr().out.splitlines()[:10]
+    assert f"codes       {codes:.1%} of the file" in first
+
+
+def test_padding_of_blocks_is_told_from_alignment():
+    """K=576 in blocks of 128 is written as 640."""
+    weight = logical("fc.weight", (4, 576), {"codes": ("U8", 4 * 288), "padding": ("U8", 4 * 32)})
+    explanation = explain(Artifact("a.onnx", "onnx", (weight,), weight.nbytes + 20, {"padding": 20}))
+    assert [(reason.kind, reason.bytes, reason.could_save) for reason in explanation.reasons] == [
+        ("codes", 4 * 288, 0),
+        ("block_padding", 4 * 32, 4 * 32),
+        ("alignment", 20, 0),
+    ]
+
+
+def test_layers_that_look_alike_are_one_branch(tmp_path):
+    entries = [
+        plain("embed_tokens.weight"),
+        *(plain(f"layers.{index}.experts.{expert}.up.weight") for index in range(5) for expert in range(3)),
+        plain("layers.3.extra.weight"),
+    ]
+    root = tree(inspect(checkpoint(tmp_path / "model", entries)), 3)
+    layers = root.children[0]
+    assert [(node.name, node.number, node.bytes) for node in layers.children] == [
+        ("layers.0 to 2, 4", 4, 12 * BF16),
+        ("layers.3", 1, 4 * BF16),
+    ]
+    assert [(node.name, node.number) for node in layers.children[0].children] == [("experts.*.up.weight", 12)]
+    assert all(node.bytes == sum(child.bytes for child in node.children) for node in (root, layers, *layers.children))
+
+
+def changes(old: Path, new: Path) -> list[tuple[str, str, int]]:
+    return [(row.name, row.change, row.growth) for row in difference(inspect(old), inspect(new)).tensors]
+
+
+def test_a_difference_is_sorted_by_growth_and_names_what_happened(tmp_path):
+    nf4 = NF4 + record(layer(0))
+    old = checkpoint(tmp_path / "old", [plain("gone.weight"), plain("same.weight"), plain("wide.weight"), *layer(0)])
+    new = checkpoint(
+        tmp_path / "new",
+        [
+            plain("same.weight"),
+            plain("wide.weight", "F32"),
+            plain("new.weight", "BF16", (3, 5)),
+            *layer(0, quantized=False),
+            plain("norm.weight", "BF16", (6,)),
+        ],
+    )
+    assert changes(old, new) == [
+        ("wide.weight", "re-encoded", BF16),
+        ("model.layers.0.mlp.down_proj.weight", "re-encoded", BF16 - nf4),
+        ("new.weight", "added", 30),
+        ("norm.weight", "added", 12),
+        ("gone.weight", "removed", -BF16),
+    ]
+    assert changes(old, old) == []
+
+
+def test_growth_adds_up_to_that_of_the_files(tmp_path, mistral):
+    full = layouts.write_folder(tmp_path / "full", layouts.mistral_7b(quantized=False), {})
+    found = difference(inspect(full), inspect(mistral))
+    tensors = sum(change.growth for change in found.tensors)
+    assert tensors + found.outside.growth == found.file_bytes.growth
+    assert sum(total.growth for total in found.classes.values()) == found.file_bytes.growth
+    assert (len(found.tensors), found.unchanged) == (224, 67)
+    assert found.logical_params == (7_241_732_096, 7_241_732_096)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    old = checkpoint(tmp_path / "old", [plain("a.weight", "BF16", (4, 6))])
+    new = checkpoint(tmp_path / "new", [plain("a.weight", "BF16", (6, 4))])
+    assert changes(old, new) == [("a.weight", "reshaped", 0)]
+    document = json.loads(quantcheck("diff", old, new, "--json").stdout)
+    assert (document["changed"], document["unchanged"]) == (1, 0)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 4])
+def test_why_json_keeps_its_schema(mistral, depth):
+    done = quantcheck("why", mistral, "--json", "--depth", depth)
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, WHY)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sum(reason["bytes"] for reason in document["reasons"]) == document["tree"]["bytes"] == document["file_bytes"]
+    assert bool(document["tree"]["children"]) == bool(depth)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 300])
+def test_diff_json_keeps_its_schema_and_sums_the_rest(tmp_path, mistral, limit):
+    short = layouts.write_folder(tmp_path / "short", layouts.mistral_7b(layers=range(30)), layouts.MISTRAL_CONFIG)
+    done = quantcheck("diff", short, mistral, "--json", "--limit", limit)
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, DIFF)
+    assert (done.returncode, document["changed"], len(document["tensors"])) == (0, 18, min(limit, 18))
+    grown = sum(row["growth"] for row in document["tensors"]) + document["rest"]["growth"]
+    assert grown + document["outside_tensors"]["growth"] == document["file_bytes"]["growth"]
+    assert document["logical_params"]["growth"] == 2 * 218_112_000
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, mistral):
+    (tmp_path / "model.txt").write_text("hello")
+    for arguments in (
+        ["why", tmp_path / "absent"],
+        ["why", tmp_path / "model.txt"],
+        ["why", mistral, "--depth", 5],
+        ["diff", mistral],
+        ["diff", mistral, tmp_path / "model.txt"],
+        ["diff", mistral, mistral, "--limit", -1],
+    ):
+        done = quantcheck(*arguments)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), arguments
+        assert done.stderr.startswith("quantcheck: error: ")
+
+
+def test_names_from_a_checkpoint_cannot_write_to_the_terminal(tmp_path):
+    entries = [plain("\x1b[2Jx\r\n\u202e.embed_tokens.weight"), plain("b")]
+    old, new = checkpoint(tmp_path / "old", entries), checkpoint(tmp_path / "new", entries[1:])
+    for done in (quantcheck("why", old, "--depth", 4), quantcheck("diff", old, new)):
+        assert done.returncode == 0
+        assert r"\x1b[2Jx" in done.stdout
+        assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_lines_fit_the_terminal(mistral, columns, tmp_path):
+    full = layouts.write_folder(tmp_path / "full", layouts.mistral_7b(quantized=False), {})
+    for arguments in (["why", mistral, "--depth", "4"], ["diff", full, mistral]):
+        shown = on_a_terminal(columns, *arguments, NO_COLOR="1", TERM="dumb")
+        lines = shown.replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "").splitlines()
+        assert max(map(len, lines[1:])) <= 80  # the first line has the paths
+        assert len(lines) > 20
+
+
+def test_neither_torch_nor_numpy_is_imported(mistral):
+    code = (
+        "import sys; from click.testing import CliRunner; from pytest_quantcheck.cli import cli;"
+        f"runner = CliRunner(); path = {str(mistral)!r};"
+        "results = [runner.invoke(cli, arguments) for arguments in (['why', path], ['diff', path, path])];"
+        "assert all(result.exception is None or result.exit_code == 0 for result in results), results;"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
