@@ -198,6 +198,29 @@ def test_the_puzzle_is_answered_in_the_first_lines(scale, codes, embedding, caps
     assert f"codes       {codes:.1%} of the file" in first
 
 
+# scheme, block, part, class, dtype, what could be saved of 64 bytes
+PARTS = [
+    ("gptq", 32, "scales", "scales", "F16", {"blocks twice as long": 32}),
+    ("hqq", 32, "scale", "scales", "F32", {"blocks twice as long": 32, "in 16 bit": 32}),
+    ("gptq", 128, "scales", "scales", "F16", {}),  # one block is the row
+    ("gptq", 32, "qzeros", "zero_points", "I32", {"symmetric codes": 64}),
+    ("gptq", 32, "g_idx", "index", "I32", {"without act-order": 64}),
+    ("vptq", 32, "perm", "index", "I16", {}),
+    ("mxfp4", 32, "scales", "scales", "U8", {}),
+    ("bnb-int8", None, "SCB", "scales", "F32", {}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "block", "name", "kind", "dtype", "saved"), PARTS)
+def test_only_what_the_format_leaves_open_could_be_saved(scheme, block, name, kind, dtype, saved):
+    weight = StoredTensor("fc.weight", "U8", (4, 64), 256, Zeros())
+    part = Part(name, kind, StoredTensor(f"fc.{name}", dtype, (16,), 64, Zeros()))
+    parts = (Part("weight", "codes", weight), part)
+    tensor = LogicalTensor("fc.weight", (4, 128), scheme, "parameter", parts, None, block=block)
+    reasons = {reason.kind: reason for reason in explain(Artifact("a", "safetensors", (tensor,), 320)).reasons}
+    assert {saving.how: saving.bytes for saving in reasons[kind].savings} == saved
+
+
 def test_padding_of_blocks_is_told_from_alignment():
     """K=576 in blocks of 128 is written as 640."""
     weight = logical("fc.weight", (4, 576), {"codes": ("U8", 4 * 288), "padding": ("U8", 4 * 32)})

@@ -72,6 +72,8 @@ _MADE_AT_LOAD = re.compile(r"(cos|sin)_cache|(cos|sin)_cached|inv_freq|position_
 _TOKENIZER = re.compile(
     r"(tokenizer|vocab|merges|spiece|sentencepiece|special_tokens|added_tokens|chat_template|tekken)\S*|\S+\.tiktoken"
 )
+# Formats that say how long a block is and what its scale is.
+_FIXED_SCALES = re.compile(r"^(ggml|bnb)-|mxfp|nvfp|nvint|if4|fp8-mx")
 _HALF_MIN = 32  # bits from which a plain number has a 16-bit form
 _NESTED_BLOCK, _NESTED_MAP = 256, 1024  # bitsandbytes: scales that share a scale, bytes of their code table
 
@@ -168,7 +170,8 @@ def _base(parameters: Iterable[LogicalTensor]) -> _Base | None:
     whole: Counter[float] = Counter()
     for tensor in parameters:
         if tensor.quantized and tensor.params:
-            found = tensor.bytes.get("codes", 0)
+            if not (found := tensor.bytes.get("codes", 0)):
+                continue  # grids that are written as plain numbers
             bits = round(8 * found / tensor.params, 1)
             params[bits] += tensor.params
             codes[bits] += found
@@ -244,11 +247,9 @@ def _encoded(tensor: LogicalTensor, base: _Base | None) -> Iterator[_Share]:
 def _part_savings(tensor: LogicalTensor, part: Part, kind: ByteClass, size: int) -> Iterator[Saving]:
     if kind == "padding":
         yield Saving(size, "blocks that divide the row")
-    if kind == "index":
+    if kind == "index" and part.name.endswith("g_idx"):
         yield Saving(size, "without act-order")
-    if tensor.scheme.startswith("ggml-"):
-        return  # what a block type writes is fixed
-    if kind == "zero_points":
+    if kind == "zero_points" and not tensor.scheme.startswith("ggml-"):
         yield Saving(size, "symmetric codes")
     if kind == "scales":
         yield from _scale_savings(tensor, part, size)
@@ -261,9 +262,11 @@ def _scale_savings(tensor: LogicalTensor, part: Part, size: int) -> Iterator[Sav
         if part.name == "absmax" and part.stored.dtype == "F32":
             yield Saving(size - nested, "double quantization")
         return
+    if _FIXED_SCALES.search(tensor.scheme):
+        return
     if part.stored.dtype == "F32":
         yield Saving(size - size // 2, "in 16 bit")
-    if tensor.block:
+    if tensor.block and tensor.block < tensor.columns:
         yield Saving(size // 2, "blocks twice as long")
 
 

@@ -25,7 +25,7 @@ WHAT: dict[Kind, str] = {
     "scales": "scales",
     "zero_points": "zero points",
     "codebooks": "codebooks",
-    "index": "group indices",
+    "index": "indices",
     "bookkeeping": "records beside weights",
     "block_padding": "padding of blocks",
     "rope_tables": "rope tables",
