@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check lint types contracts docs bench format lock clean help
+.PHONY: demo test test-pre-commit check lint types contracts docs bench format lock clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,10 @@ demo: $(VENV)/.weights
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Installs the hooks from a clone of this repository, as pre-commit does for a user.
+test-pre-commit: $(READY)
+	QUANTCHECK_TEST_PRE_COMMIT=1 $(BIN)/python -m pytest tests/lint/test_pre_commit.py
 
 check: lint types contracts docs
 

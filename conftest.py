@@ -153,7 +153,7 @@ pages = Sybil(
         CodeBlockParser("toml", parse_toml),
     ],
     patterns=["README.md", "docs/*.md", "docs/**/*.md"],
-    excludes=["docs/_build/**", "docs/_generated/**"],
+    excludes=["docs/_build/**", "docs/lint/rules/**"],
     fixtures=["checkpoints"],
 )
 docstrings = Sybil(

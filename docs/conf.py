@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS / "_ext")]
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "lint"), str(DOCS / "_ext")]
+
+from quantcheck_lint.docs import write_pages  # noqa: E402  # found through the path above
+
+write_pages(str(DOCS / "lint" / "rules"))
 
 project = "pytest-quantcheck"
 author = "The pytest-quantcheck developers"
 project_copyright = author
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "scheme_pages"]
-exclude_patterns = ["_build", "_generated", "_ext", "examples"]
+exclude_patterns = ["_build", "_ext", "examples"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -46,6 +50,3 @@ def is_field(member):
 def setup(app):
     # The fields of a named tuple are in its signature; what Python says of each is "Alias for field number 0".
     app.connect("autodoc-skip-member", lambda app, what, name, obj, skip, options: is_field(obj) or None)
-    # Sphinx warns about a glob that matches nothing: the pages of lint rules, while there are none.
-    if not any((DOCS / "lint").glob("*.md")):
-        app.connect("source-read", lambda app, docname, source: source.insert(0, source.pop().replace("lint/*", "")))

@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 
 from pytest_quantcheck import inspect
-from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 from pytest_quantcheck.schemes import gptq
-from tests.cases.gptq import NOTHING, golden, live_layer
+from tests.cases.buffer_linear import live_layer
+from tests.cases.gptq import MODULE, NOTHING, golden
 
 
 def saved(tmp_path, case="act-order", change=None, **config):
@@ -54,6 +55,8 @@ BROKEN = [
     ("config-of-other-bits", None, {"bits": 3}, r"I32 \[12, 32\] with .* is not 3-bit GPTQ"),
     ("config-of-other-group", None, {"group_size": 64}, r"has 3 groups \(not group_size 64 over 96 inputs\)"),
     ("config-of-other-format", None, {"checkpoint_format": "marlin"}, r"checkpoint_format is `marlin`"),
+    ("auto-round-of-other-format", None, {"quant_method": "auto-round", "packing_format": "auto_round:fp8"},
+     r"packing_format is `auto_round:fp8`"),
     ("config-of-other-method", None, {"quant_method": "awq"}, r"quant_method"),
 ]  # fmt: skip
 
@@ -66,6 +69,9 @@ def test_a_broken_weight_is_an_error_that_names_it(tmp_path, change, config, mes
 
 UNDECIDED = [
     ("zero-points", "v1-4bit", None, NOTHING, r"layer.weight: zero points may be stored as they are or less one"),
+    ("old-auto-round-backend", "v1-4bit", None,
+     {"quant_method": "intel/auto-round", "backend": "autoround:exllamav2", "checkpoint_format": None},
+     r"layer.weight: zero points may be stored as they are or less one"),
     ("planes", "planes-6bit", None, NOTHING, r"layer.weight: 6-bit codes may run on as a stream or lie in planes"),
     ("group-size", "act-order", without("g_idx"), {"sym": True} | dict.fromkeys(("group_size",)), None),
     ("group-out-of-range", "act-order", put("g_idx", torch.full((96,), 3, dtype=I32)), {},
@@ -106,8 +112,31 @@ def test_the_data_outvotes_a_label_that_lies(tmp_path):
 def test_a_kernel_that_repacks_its_codes_is_counted_and_not_decoded():
     tensors = {"qweight": torch.zeros(6, 64, dtype=I32), "qzeros": torch.zeros(0, dtype=I32),
                "scales": torch.ones(3, 32, dtype=F16)}  # fmt: skip
-    model = live_layer(tensors, "MarlinLinear", bits=4, group_size=32, in_features=96)
+    model = live_layer(tensors, "MarlinLinear", MODULE, bits=4, group_size=32, in_features=96)
     tensor = inspect(model).tensor("layer.weight")
     assert tensor.shape == (32, 96)
     with pytest.raises(NotDecodable, match="may be repacked for `MarlinLinear`"):
+        tensor.decode()
+
+
+def test_the_conv1d_of_gpt2_is_known_to_be_transposed(tmp_path):
+    made = golden("v1-4bit", name="c_attn")()
+    safetensors.torch.save_file(made.tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(made.config | {"model_type": "gpt2"}))
+    tensor = inspect(tmp_path).tensor("c_attn.weight")
+    assert (tensor.shape, tensor.transposed) == ((32, 64), True)
+
+
+@pytest.mark.parametrize(("kernel", "tensors"), [("TorchInt8Linear", {}), ("TorchFusedLinear", {"qweight": None})])
+def test_a_kernel_that_replaced_its_codes_is_an_error_and_not_a_zero(kernel, tensors):
+    model = live_layer(tensors, kernel, MODULE, in_features=96, out_features=32)
+    with pytest.raises(UnknownEncoding, match=f"`{kernel}` has replaced its `qweight`"):
+        inspect(model)
+
+
+def test_a_model_on_meta_is_counted():
+    made = golden("v2-under-v1-label")()
+    tensor = inspect(made.live.to("meta")).tensor("layer.weight")
+    assert tensor.shape == (32, 64)
+    with pytest.raises(FormatError, match="meta"):
         tensor.decode()

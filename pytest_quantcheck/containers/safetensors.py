@@ -39,6 +39,7 @@ CONFIGS = (
     "hf_quant_config.json",
     "quanto_qmap.json",
     "quantization_map.json",
+    "model.safetensors.index.json.meta.json",
 )
 SHARD = re.compile(r"-\d{5,}-of-(\d{5,})\.safetensors$")
 

@@ -69,6 +69,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     prefix = f"{module}." if module else ""
     if anchor.dtype != "I32" or f"{prefix}scale_packed" in namespace.tensors:
         return None
+    if len(anchor.shape) < 2 or not anchor.elements:
+        raise FormatError(f"{list(anchor.shape)} is no matrix of words", tensor=anchor.name)
     scale = namespace.tensors.get(f"{prefix}weight_scale")
     if scale is None or scale.dtype not in SCALES:
         what = f"is {scale.dtype}" if scale else "is missing"
@@ -112,7 +114,8 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     values = codes.to(torch.float32)  # (rows, K)
     scales = packing.grid_rows(tensor.part("weight_scale"), layout.grid, slice(start, stop), device).to(torch.float32)
     zeros = _zeros(tensor, layout, start, stop, device)
-    index = _group_index(tensor, layout, device)
+    scattered = tensor.has("weight_g_idx")
+    index = packing.group_index(tensor.part("weight_g_idx"), scales.shape[1], device) if scattered else None
     if index is not None:
         return values.sub_(zeros[:, index] if zeros is not None else 0).mul_(scales[:, index])
     if zeros is not None:
@@ -146,19 +149,6 @@ def _packed_zeros(stored: StoredTensor, layout: Layout, matrix: int, rows: slice
     unpack = packing.row_codes if layout.dense else packing.word_codes
     codes = unpack(streams, layout.bits, rows.stop)[:, rows]
     return (codes.t() - (1 << layout.bits - 1)).to(torch.float32)
-
-
-def _group_index(tensor: LogicalTensor, layout: Layout, device: str) -> torch.Tensor | None:
-    """The group of each column where activation order scattered them, None where groups are neighbours."""
-    if not tensor.has("weight_g_idx"):
-        return None
-    index = tensor.part("weight_g_idx").load(device=device).long()
-    if (index == -1).any():
-        return None
-    if index.min() < 0 or index.max() >= layout.grid.columns:
-        what = f"names the group {int(index.max())} ({layout.grid.columns} groups)"
-        raise FormatError(what, tensor=tensor.part("weight_g_idx").name)
-    return index
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
@@ -214,7 +204,8 @@ def _layout(
     grid = _grid(scale, shape)
 
     def fits(args: Mapping[str, Any]) -> bool:
-        return args.get("num_bits") in possible and _fits_groups(args, columns, grid.columns)
+        whole = args.get("type", "int") == "int" and args.get("num_bits") in possible
+        return whole and _fits_groups(args, columns, grid.columns)
 
     args = config_groups.weight_args(module, namespace, fits)
     bits = int(args["num_bits"]) if args else possible[0] if len(possible) == 1 else 0
@@ -236,7 +227,7 @@ def _fits_groups(args: Mapping[str, Any], columns: int, groups: int) -> bool:
 def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> packing.Grid:
     if scale.elements == 1:
         return packing.Grid(1, 1, prod(shape[:-1]), prod(shape[:-1]))
-    if len(scale.shape) != len(shape) or scale.shape[:-1] != shape[:-1]:
+    if len(scale.shape) != len(shape) or scale.shape[:-1] != shape[:-1] or not scale.elements:
         raise FormatError(f"{list(scale.shape)} is no grid over {list(shape)}", tensor=scale.name)
     return packing.Grid(shape[-2], scale.shape[-1], shape[-2], 1)
 

@@ -7,7 +7,8 @@
     activation_scale  F32                  []                              static quantization of the input
 
 `weight_scale_inv` is `scale` in DeepSeek-V4, `weight_scale` in AutoFP8 and in FP8 embeddings. Fused experts have
-`gate_up_proj` with `gate_up_proj_scale_inv`. `activation_scale` is also called `input_scale`.
+`gate_up_proj` with `gate_up_proj_scale_inv`. `activation_scale` is also called `input_scale` or
+`act_scale`.
 
 Formula: w[n, k] = weight[n, k] * weight_scale_inv[n // bn, k // bk], in float32: it multiplies, whatever its name says.
 (bn, bk) is `weight_block_size`; FP4 always has (1, 32), mxfp8 has (1, 32) where nothing else is said. Scales in U8 or
@@ -22,8 +23,7 @@ under 128-row blocks get blocks of 96 (silently), and the 576 rows of DeepSeek's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,22 +77,23 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     if anchor.dtype not in SCALES:
         raise FormatError(f"{anchor.dtype} is not a scale of this format (F32, BF16, E8M0 or U8)", tensor=anchor.name)
     shape = weight.shape
+    if len(shape) < 2 or not weight.elements:
+        raise FormatError(f"{list(shape)} is no matrix, but has `{anchor.name}`", tensor=name)
     if packed and weight.dtype != "F4":  # a safetensors header counts F4 values, not bytes
         shape = (*shape[:-1], 2 * shape[-1])
-    record = None if anchor.role is None else namespace.tensors.get(f"{name}{BLOCK_SIZE}")
-    layout = _layout(anchor, shape, packed, _block_size(anchor, record, namespace))
-    parts = [Part("weight", "codes", weight), Part("weight_scale_inv", "scales", anchor)]
-    for stored in _activation_scales(name, namespace):
-        parts.append(Part("activation_scale", "scales", stored))
+    record = namespace.tensors.get(f"{name}{BLOCK_SIZE}") if anchor.role else None
+    layout = _layout(anchor, shape, packed, _settings(record, namespace))
+    parts: tuple[Part, ...] = (Part("weight", "codes", weight), Part("weight_scale_inv", "scales", anchor))
+    parts += tuple(Part("activation_scale", "scales", stored) for stored in _activation_scales(name, namespace))
     if record is not None:
-        parts.append(Part("block_size", "bookkeeping", record))
+        parts += (Part("block_size", "bookkeeping", record),)
     variant = _variant(anchor, layout)
     return LogicalTensor(
         name,
         shape,
         variant,
         "parameter",
-        tuple(parts),
+        parts,
         decode,
         layout,
         block=layout.block[1] if layout.block else None,
@@ -154,77 +155,70 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
     return name
 
 
-def _activation_scales(name: str, namespace: Namespace) -> list[StoredTensor]:
-    alone = name == "weight" or name.endswith(".weight")
-    if alone and "activation_scale" not in namespace.endings and "input_scale" not in namespace.endings:
-        return []
-    prefix = name[: -len("weight")] if alone else f"{name}_"
-    found = (namespace.tensors.get(f"{prefix}activation_scale"), namespace.tensors.get(f"{prefix}input_scale"))
-    return [stored for stored in found if stored is not None]
+def _activation_scales(name: str, namespace: Namespace) -> Iterator[StoredTensor]:
+    prefix = name.removesuffix("weight") if name == "weight" or name.endswith(".weight") else f"{name}_"
+    for ending in ("activation_scale", "input_scale", "act_scale"):
+        stored = namespace.tensors.get(prefix + ending)
+        if stored is not None:
+            yield stored
 
 
-def _block_size(anchor: StoredTensor, record: StoredTensor | None, namespace: Namespace) -> tuple[int, int] | None:
-    """What is said about the block size: by the live module, by the configuration, or by its default."""
-    settings: Mapping[str, Any] = namespace.quantization
+def _settings(record: StoredTensor | None, namespace: Namespace) -> Mapping[str, Any]:
+    """What says the block size: the live module, or the configuration of this method."""
     if record is not None:
-        settings = strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT)
-    elif settings.get("quant_method") not in METHODS:
+        return strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT)
+    return namespace.quantization if namespace.quantization.get("quant_method") in METHODS else {}
+
+
+def _block_size(scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block size that is said, or that the method has where nothing is said; None where there is no method."""
+    if not settings:
         return None
     default = MX_BLOCK if settings.get("quant_method") == "mxfp8" else DEFAULT_BLOCK
     block = settings.get("weight_block_size", default)
     if block is None:
         return None
-    if isinstance(block, (list, tuple)) and len(block) == 2:
-        rows, columns = block
-        if type(rows) is int and type(columns) is int and rows > 0 and columns > 0:
-            return rows, columns
-    raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=anchor.name)
+    if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
+        raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=scale.name)
+    return block[0], block[1]
 
 
-def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, block: tuple[int, int] | None) -> Layout:
+def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, settings: Mapping[str, Any]) -> Layout:
     """Fit the scales to the weight; what does not fit is a `FormatError`."""
-    try:
-        return _fitted(scale.shape, shape, packed, block, "gate_up" in scale.name)
-    except FormatError as error:
-        raise error.at(tensor=scale.name) from None
-
-
-@lru_cache(maxsize=1024)
-def _fitted(
-    scales: tuple[int, ...], shape: tuple[int, ...], packed: bool, block: tuple[int, int] | None, fused: bool
-) -> Layout:
-    """The layout of one pair of shapes: a model has few, however many tensors."""
-    grid = _grid(scales, shape)
+    grid, block = _grid(scale, shape), FP4_BLOCK if packed else _block_size(scale, settings)
     rows, columns = shape[-2:]
-    if grid == (1, 1) and not packed:
-        rows = prod(shape[:-1]) if prod(scales) == 1 else rows
+    per_tensor = grid == (1, 1) and not packed
+    if per_tensor and (block is None or not _is_blocked(scale, settings)):
+        rows = prod(shape[:-1]) if scale.elements == 1 else rows
         return Layout(grid, rows, (rows, columns), packed)
-    if packed:
-        block = FP4_BLOCK
     if grid == (rows, 1) and block != FP4_BLOCK:
         return Layout(grid, rows, (1, columns), packed)
-    if block is None:
+    if block is None and not settings:
         return Layout(grid, rows, None, packed)
+    block = block or (rows, columns)
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if grid == wanted:
         return Layout(grid, rows, block, packed)
-    if grid == (2, wanted[1]) and wanted[0] == 1 and fused and rows % 2 == 0:
+    if grid == (2, wanted[1]) and wanted[0] == 1 and "gate_up" in scale.name and rows % 2 == 0:
         return Layout(grid, rows, (rows // 2, block[1]), packed)
     rule = f"{wanted[0]} x {wanted[1]} for {list(shape)} in blocks of {block[0]} x {block[1]}"
-    raise FormatError(f"{list(scales)} does not fit its weight ({rule})")
+    raise FormatError(f"{list(scale.shape)} does not fit its weight ({rule})", tensor=scale.name)
 
 
-def _grid(scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+def _is_blocked(scale: StoredTensor, settings: Mapping[str, Any]) -> bool:
+    """Whether blocks are asked for by name: AutoFP8 and embeddings have one `weight_scale` whatever the others have."""
+    return bool(settings.get("weight_block_size")) and scale.name.endswith("_scale_inv")
+
+
+def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> tuple[int, int]:
     """The rows and columns of scales over one matrix."""
-    if len(shape) < 2:
-        raise FormatError(f"scales a tensor of shape {list(shape)} (a matrix belongs there)")
-    if prod(scales) == 1 or scales == shape[:-2]:
+    if scale.elements == 1 or scale.shape == shape[:-2]:
         return 1, 1
-    if len(scales) == len(shape) and scales[:-2] == shape[:-2]:
-        return scales[-2], scales[-1]
-    if scales == shape[:-1]:
+    if len(scale.shape) == len(shape) and scale.shape[:-2] == shape[:-2]:
+        return scale.shape[-2], scale.shape[-1]
+    if scale.shape == shape[:-1]:
         return shape[-2], 1
-    raise FormatError(f"{list(scales)} is no grid over {list(shape)}")
+    raise FormatError(f"{list(scale.shape)} is no grid over {list(shape)}", tensor=scale.name)
 
 
 def _variant(scale: StoredTensor, layout: Layout) -> str:

@@ -25,15 +25,13 @@ Embeddings are packed along the tokens: their codes are in the order of the logi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import conv1d, packing, quantization_config
+from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -45,7 +43,7 @@ PARTS: dict[str, ByteClass] = {
     "qzeros": "zero_points",
     "scales": "scales",
     "g_idx": "index",
-    "qweight.module": "bookkeeping",  # live only, see `expose`
+    buffer_linear.RECORD: "bookkeeping",  # live only
 }
 METHODS = ("gptq", "gptqmodel", "auto-round", "intel/auto-round")
 WORDS = ("I32", "I16", "I8", "I64")
@@ -60,10 +58,6 @@ VERSIONS = {None: 1, "gptq": 1, "gptq_v2": 0, "gptq_p": 0}
 # Round-to-nearest of the worst of Gaussian, Student-t and outlier weights, less 1 dB, and less 3 dB because GPTQ
 # minimizes the error of outputs: (bits, largest group, floor).
 FLOORS_DB = ((4, 32, 14.0), (4, 128, 11.0), (3, 128, 4.0), (8, 128, 36.0))
-
-# Kernels that keep the layout of the checkpoint in memory; the others repack it for their device.
-PLAIN_KERNELS = frozenset({"TorchLinear", "TorchQuantEmbeddings", "TritonV2Linear", "QuantLinear"})
-PLAIN_UNTIL_FIRST_FORWARD = frozenset({"TorchFusedLinear", "TorchAtenLinear"})
 
 
 class Layout(NamedTuple):
@@ -96,11 +90,13 @@ class Said(NamedTuple):
 
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that a `qweight` or `qzeros` belongs to."""
-    prefix = _module(anchor.name)
+    prefix, _, last = anchor.name.rpartition(".")
+    if last not in ("qweight", "qzeros"):
+        return None
     found = {part: stored for part in PARTS if (stored := namespace.tensors.get(_join(prefix, part))) is not None}
     qweight = found.get("qweight")
-    record = _read_record(found.get("qweight.module"))
-    if not record.get("repacked_for") and (qweight or anchor).dtype not in WORDS:
+    record = buffer_linear.record(found.get(buffer_linear.RECORD))
+    if record.get("awq") or (not record.get("repacked_for") and (qweight or anchor).dtype not in WORDS):
         return None
     for part in ("qweight", "scales", "qzeros"):
         if part not in found:
@@ -117,7 +113,6 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.group_size,
-        transposed=conv1d.holds(prefix, namespace),
         floor_db=_floor_db(layout),
     )
 
@@ -225,53 +220,10 @@ def _zeros(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device:
     return zeros[:, start - first :].to(torch.int32)
 
 
-def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
-    """Show the buffers of a quantized linear layer of any library, with what only the module knows about them."""
-    if name:
-        return None
-    shown = {part: owner._buffers[part] for part in _SHOWN if owner._buffers.get(part) is not None}
-    if "qweight" not in shown:
-        return None
-    return shown | {"qweight.module": json.dumps(_record(owner, shown["qweight"])).encode()}
-
-
-_SHOWN = ("qweight", "qzeros", "scales", "scaled_zeros", "g_idx", "bias")
-
-
-def _record(owner: Any, qweight: Any) -> dict[str, Any]:
-    kernel = type(owner).__name__
-    plain = kernel in PLAIN_KERNELS or qweight.device.type == "meta"
-    plain |= kernel in PLAIN_UNTIL_FIRST_FORWARD and getattr(owner, "linear_mode", None) != "inference"
-    return {
-        "bits": getattr(owner, "bits", None),
-        "group_size": getattr(owner, "group_size", None),
-        "planar": getattr(owner, "planar", None if "bits" not in vars(owner) else False),
-        "zero_offset": _live_zero_offset(owner),
-        "embedding": "Embedding" in kernel,
-        "inputs": getattr(owner, "in_features", getattr(owner, "infeatures", None)),
-        "repacked_for": None if plain else kernel,
-        "meta": qweight.is_meta,
-    }
-
-
-def _live_zero_offset(owner: Any) -> int | None:
-    """What a live module itself subtracts: GPTQModel's say it, those of auto-round are told apart by their file."""
-    if callable(getattr(owner, "qzero_format", None)):
-        return 2 - int(owner.qzero_format())
-    module = type(owner).__module__
-    if module.startswith("auto_round_extension."):
-        return int(module.endswith("_zp"))
-    return 1 if module.startswith("auto_gptq.") else None
-
-
-def _read_record(stored: StoredTensor | None) -> Mapping[str, Any]:
-    return {} if stored is None else strict_json.parse_object(stored.read(limit=4096), limit=4096)
-
-
 def _said(quantization: Mapping[str, Any], qweight: str) -> Said:
     method = quantization.get("quant_method")
     if method is not None and method not in METHODS:
-        raise FormatError(f"has the shapes of GPTQ, but quant_method is `{method}`", tensor=qweight)
+        raise FormatError(f"fits no layout of quant_method `{method}` (as GPTQ it would be read)", tensor=qweight)
     symmetric = quantization.get("sym")
     planes, offset = _label(quantization, qweight) if quantization else (None, None)
     return Said(
@@ -283,19 +235,27 @@ def _said(quantization: Mapping[str, Any], qweight: str) -> Said:
     )
 
 
-def _label(quantization: Mapping[str, Any], qweight: str) -> tuple[frozenset[int], int]:
+def _label(quantization: Mapping[str, Any], qweight: str) -> tuple[frozenset[int], int | None]:
     """The widths that lie in planes, and what is subtracted from zero points, as the config labels them."""
     if str(quantization.get("quant_method")).endswith("auto-round"):
-        packing_format = quantization.get("packing_format", quantization.get("backend", "auto_round:auto_gptq"))
-        if "awq" in str(packing_format) or not str(packing_format).startswith("auto"):
-            raise FormatError(f"has the shapes of GPTQ, but packing_format is `{packing_format}`", tensor=qweight)
-        plain = packing_format == "auto_round" or "gptqmodel" in str(packing_format)
-        return frozenset(), 0 if plain else 1
+        return frozenset(), _label_of_auto_round(quantization, qweight)
     label = quantization.get("checkpoint_format", quantization.get("format"))
     if label not in VERSIONS:
         known = ", ".join(f"`{name}`" for name in VERSIONS if name)
         raise FormatError(f"has the shapes of GPTQ, but checkpoint_format is `{label}` ({known})", tensor=qweight)
     return frozenset(PLANES) - (frozenset() if label == "gptq_p" else {3}), VERSIONS[label]
+
+
+def _label_of_auto_round(quantization: Mapping[str, Any], qweight: str) -> int | None:
+    """What auto-round subtracts; old files name a backend instead of a format, which says less."""
+    label = str(quantization.get("packing_format", quantization.get("backend", "auto_round:auto_gptq")))
+    if label == "auto_round" or "gptqmodel" in label:
+        return 0
+    if "gptq" in label or label == "auto":
+        return 1
+    if "packing_format" in quantization or "awq" in label:
+        raise FormatError(f"has the shapes of GPTQ, but packing_format is `{label}`", tensor=qweight)
+    return None
 
 
 def _layout(parts: Mapping[str, StoredTensor], said: Said, record: Mapping[str, Any], prefix: str) -> Layout:
@@ -441,7 +401,11 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("qweight", "qzeros"),
     methods=METHODS,
-    live={":qweight": expose},
+    live={
+        ":qweight": buffer_linear.expose,
+        "gptqmodel.TorchInt8Linear": buffer_linear.expose,
+        "gptqmodel.TorchInt8AwqLinear": buffer_linear.expose,
+    },
     refuse=refuse,
     source="GPTQModel 7.6.0, nn_modules/qlinear and utils; auto-round 0.16.1, auto_round_extension/torch",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",

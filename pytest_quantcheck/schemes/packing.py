@@ -11,7 +11,7 @@ from pytest_quantcheck.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import StoredTensor
+    from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -170,6 +170,8 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     values  # (rows, columns)
     scales  # (rows, ceil(columns / group))
     """
+    if not values.numel():
+        return values
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
     if whole < scales.shape[1]:
@@ -239,6 +241,8 @@ def shift_groups(values: torch.Tensor, zeros: torch.Tensor, group: int) -> torch
     values  # (rows, columns)
     zeros   # (rows, ceil(columns / group))
     """
+    if not values.numel():
+        return values
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).sub_(zeros[:, :whole].unsqueeze(-1))
     if whole < zeros.shape[1]:
@@ -331,3 +335,62 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
     flat = packed.reshape(-1)
     return torch.cat((flat & 15, flat >> 4))
+
+
+def hadamard(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Return each block of `size` columns times the Hadamard matrix of that size over its square root.
+
+    `size` is a power of two; the matrix is Sylvester's and symmetric. Sums are taken pair by pair, in the same order
+    whatever the number of rows.
+
+    >>> import torch
+    >>> hadamard(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), 4)
+    tensor([[ 1.5000, -0.5000, -0.5000,  1.5000]])
+    """
+    import torch
+
+    width = 1
+    while width < size:
+        pairs = values.reshape(-1, 2, width)
+        values = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1).view(values.shape)
+        width *= 2
+    return values.mul(size**-0.5)
+
+
+def group_index(stored: StoredTensor, groups: int, device: str) -> torch.Tensor | None:
+    """Return the group of each column where activation order scattered them; None where -1 says that it did not."""
+    index = stored.load(device=device).long()
+    if (index == -1).any():
+        return None
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= groups):
+        raise FormatError(f"names the groups {int(index.min())} to {int(index.max())} of {groups}", tensor=stored.name)
+    return index
+
+
+def per_matrix(tensor: LogicalTensor, part: str, window: slice, device: str) -> torch.Tensor:
+    """Return the one float32 scale above all others for each row of a window: of the tensor, or of its matrix.
+
+    part  # () or (1,), or one for each matrix of a stack
+    ->    # (1, 1) or (window, 1)
+    """
+    import torch
+
+    values = tensor.part(part).load(device=device).to(torch.float32).view(-1, 1)
+    if len(values) == 1:
+        return values
+    return values[torch.arange(window.start, window.stop, device=device) // tensor.shape[-2]]
+
+
+# Four bits in two's complement.
+INT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
+
+
+def unblocked(tiles: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return scales in rows that were stored for Blackwell: tiles of 128 rows and 4 columns, 512 values each.
+
+    tiles  # (rows * columns,), rows in full 128s, columns in full 4s
+    ->     # (rows, columns)
+    """
+    across = max(1, columns // 4)
+    cut = tiles.view(len(tiles) // (512 * across), across, 32, 4, 4)  # (down, across, row % 32, row // 32, column)
+    return cut.permute(0, 3, 2, 1, 4).reshape(-1, columns)

@@ -40,11 +40,17 @@ PARTS = frozenset(
         "weight_packed", "weight_shape", "weight_global_scale", "weight_g_idx", "dense_weights", "row_offsets",
         "col_vals", "qbiases", "scaled_zeros", "trellis", "quantized_weight_values", "embedding_quantized",
         "scales_and_zeros", "q_weight", "weight_quantizer",
+        "q_scale", "q_scale_max", "q_invperm", "q_groups", "suh", "svh", "s_channel", "s_group",
+        "scale_packed", "bitmask", "compressed",
+        "quantized_weight_scale_factors", "quantized_weight_amax", "quantized_weight_metadata", "weight_sf",
+        "weight_sf_rowmajor", "pre_quant_scale", "dqweight", "forward_hadamard_matrix", "backward_hadamard_matrix",
+        "svdquant_lora_a", "svdquant_lora_b", "weight_zp",
     }
 )  # fmt: skip
 PART_ENDINGS = (
     "_blocks", "_qdata", "_scale_inv", "._data", "._scale", "._shift", ".weight_format",
     "._weight_scale", "._weight_zero_point", "_scale_and_zero", "_per_tensor_scale", "_act_pre_scale",
+    ".meta.scale", ".meta.scale2", ".meta.zero", ".meta.scale.x", ".meta.zero.x",
 )  # fmt: skip
 
 # SQNR of a healthy cast of bf16 and fp16 is 55.6 and 73.7 dB; an 8-bit float without a scale loses more.

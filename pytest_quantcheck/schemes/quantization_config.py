@@ -47,5 +47,4 @@ def each(quantization: Mapping[str, Any], *keys: str) -> frozenset[int]:
     for group in ("dynamic", "extra_config"):
         if isinstance(quantization.get(group), Mapping):
             blocks.extend(block for block in quantization[group].values() if isinstance(block, Mapping))
-    found = (block.get(key) for block in blocks for key in keys)
-    return frozenset(value for value in found if type(value) is int)
+    return frozenset(block[key] for block in blocks for key in keys if type(block.get(key)) is int)

@@ -12,6 +12,7 @@ from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 class Namespace(NamedTuple):
     """All stored tensors of an artifact by name, what its configuration says, and the metadata of its headers.
 
+    `files` are the JSON files beside the weights, by name.
     `endings` are the last components of the names: what is not among them need not be looked for, tensor by tensor.
     """
 
@@ -19,6 +20,7 @@ class Namespace(NamedTuple):
     quantization: Mapping[str, Any]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
     endings: Collection[str]
 
 

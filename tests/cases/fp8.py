@@ -142,7 +142,7 @@ def fp4_weight(dtype: torch.dtype, scale_dtype: torch.dtype, **settings):
     return make
 
 
-def experts(expert_dtype: str, intermediate: int, scale_fmt: str = "float", scheme: str = "dynamic"):
+def experts(expert_dtype: str, intermediate: int, scale_fmt: str = "float", scheme: str = "dynamic", block=(128, 128)):
     """A fused stack as transformers holds it: the first projection is gate over up."""
 
     def make() -> Made:
@@ -151,7 +151,7 @@ def experts(expert_dtype: str, intermediate: int, scale_fmt: str = "float", sche
             num_experts=3, hidden_size=160, intermediate_size=intermediate, hidden_act="silu", expert_dtype=expert_dtype
         )
         model = nn.Module()
-        model.experts = FP8Experts(sizes, (128, 128), scheme, scale_fmt)
+        model.experts = FP8Experts(sizes, block, scheme, scale_fmt)
         for parameter in model.experts.parameters():
             shape, dtype = parameter.shape, parameter.dtype
             if dtype == torch.int8:
@@ -161,11 +161,13 @@ def experts(expert_dtype: str, intermediate: int, scale_fmt: str = "float", sche
         weight, scales = model.experts.gate_up_proj.data, model.experts.gate_up_proj_scale_inv.data
         if expert_dtype == "fp4":
             values = Fp8Dequantize(None)._dequantize_one(weight, scales, F32)
+        elif block is None:
+            values = dequant(weight, scales, (intermediate, 160))
         elif 2 * intermediate <= 128:  # one row of scales for each half
             values = dequant(weight, scales, (intermediate, 128))
         else:
             values = dequant(weight, scales, (128, 128))
-        settings = config(weight_block_size=[128, 128]) | {"expert_dtype": expert_dtype}
+        settings = config(weight_block_size=list(block) if block else None) | {"expert_dtype": expert_dtype}
         return Made(values, model, model.state_dict(), settings)
 
     return make
@@ -228,6 +230,8 @@ CASES = [
     Case("fp8-fused-experts-static", experts("fp8", 200, scheme="static"), "fp8-block", (3, 400, 160),
          "experts.gate_up_proj", total=3 * 160 * 200 * 3),
     Case("fp8-fused-experts-one-block-two-scales", experts("fp8", 48), "fp8-block", (3, 96, 160),
+         "experts.gate_up_proj", total=3 * 160 * 48 * 3),
+    Case("fp8-fused-experts-per-tensor-two-scales", experts("fp8", 48, block=None), "fp8-block", (3, 96, 160),
          "experts.gate_up_proj", total=3 * 160 * 48 * 3),
     Case("fp4-fused-experts", experts("fp4", 96, "ue8m0"), "fp8-e2m1", (3, 192, 160), "experts.gate_up_proj",
          total=3 * 160 * 96 * 3, bytes={"codes": 3 * 192 * 80, "scales": 3 * 192 * 5}),

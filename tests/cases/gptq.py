@@ -7,20 +7,10 @@ import torch
 from torch import nn
 
 from tests.cases import Case, Made
+from tests.cases.buffer_linear import live_layer
 from tests.golden import file
 
-
-def live_layer(tensors, kernel: str, module: str = "gptqmodel.nn_modules.qlinear.torch", **attributes) -> nn.Module:
-    """A stand-in for the library's class: the same name, buffers and attributes, no parameters."""
-    layer = type(kernel, (nn.Module,), {"__module__": module})()
-    for name, tensor in tensors.items():
-        layer.register_buffer(name.removeprefix("layer."), tensor)
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    model = nn.Module()
-    model.layer = layer
-    assert sum(parameter.numel() for parameter in model.parameters()) == 0
-    return model
+MODULE = "gptqmodel.nn_modules.qlinear.torch"
 
 
 def golden(case: str, *, name: str = "layer", **config):
@@ -49,7 +39,7 @@ def _live(found: file.Golden) -> nn.Module:
         return live_layer(found.tensors, "QuantLinear", kernel, infeatures=found.values.shape[1], **sizes)
     zeros = found.record["zeros"]
     sizes |= {"in_features": len(found.tensors["layer.g_idx"]), "planar": found.record["planar"]}
-    return live_layer(found.tensors, kernel, qzero_format=lambda: zeros, **sizes)
+    return live_layer(found.tensors, kernel, MODULE, qzero_format=lambda: zeros, **sizes)
 
 
 def by_hand() -> Made:
