@@ -172,6 +172,7 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     """
     if not values.numel():
         return values
+    group = min(group, values.shape[1])
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
     if whole < scales.shape[1]:
