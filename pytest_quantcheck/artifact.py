@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -144,8 +144,8 @@ class Artifact:
             if tensor.role in ("tied", "shadow"):
                 found["dead"] += tensor.nbytes
                 continue
-            for part in tensor.parts:
-                found[part.kind] += part.stored.nbytes
+            for kind, size in tensor.bytes.items():
+                found[kind] += size
         return found
 
     @cached_property
@@ -168,12 +168,24 @@ class Artifact:
         raise KeyError(name)
 
 
-def inspect(subject: Subject) -> Artifact:
+def inspect(subject: Subject, *, verify_architecture: bool = False) -> Artifact:
     """Return the artifact at a path, or of a live model, as logical tensors.
 
     Reads headers and the few small tensors that decide a shape, never the weights: no torch for a path.
+    `verify_architecture` has transformers build the unquantized model of config.json on the meta device and adds a
+    finding for every logical tensor that disagrees with it in shape.
     Raises `FormatError` for what cannot be read exactly, and `TypeError` for what is neither a path nor a module.
     """
+    artifact = _opened(subject)
+    if not verify_architecture:
+        return artifact
+    from pytest_quantcheck import architecture
+
+    found = architecture.disagreements(artifact.source, artifact.configs, artifact.tensors)
+    return replace(artifact, findings=(*artifact.findings, *found))
+
+
+def _opened(subject: Subject) -> Artifact:
     if isinstance(subject, Artifact):
         return subject
     if isinstance(subject, (str, os.PathLike)):

@@ -36,7 +36,12 @@ def cli() -> None:
 @click.argument("path", type=click.Path())
 @json_option
 @strict_option
-def inspect(path: str, as_json: bool, strict: bool) -> int:
+@click.option(
+    "--verify-architecture",
+    is_flag=True,
+    help="Have transformers build the model of config.json on the meta device and report every shape that disagrees.",
+)
+def inspect(path: str, as_json: bool, strict: bool, verify_architecture: bool) -> int:
     """Show every tensor of PATH: its logical shape beside what is stored, its scheme, bits and bytes; then totals.
 
     PATH is a .safetensors file, an index, or a checkpoint folder. Only headers are read.
@@ -44,15 +49,15 @@ def inspect(path: str, as_json: bool, strict: bool) -> int:
     from pytest_quantcheck.artifact import uncollected
 
     with uncollected():
-        findings = _show(path, as_json)
+        findings = _show(path, as_json, verify_architecture)
     return _exit_code(findings, strict=strict)
 
 
-def _show(path: str, as_json: bool) -> Sequence[Finding]:
+def _show(path: str, as_json: bool, verify_architecture: bool) -> Sequence[Finding]:
     """Print the artifact at a path and return its findings."""
     from pytest_quantcheck.artifact import inspect as inspect_path
 
-    artifact = inspect_path(path)
+    artifact = inspect_path(path, verify_architecture=verify_architecture)
     if as_json:
         from pytest_quantcheck.report.json import of_artifact
 

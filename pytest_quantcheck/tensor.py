@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
-from pytest_quantcheck.dtypes import BITS
+from pytest_quantcheck import dtypes
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.finding import Finding
 
@@ -75,7 +75,7 @@ class StoredTensor(NamedTuple):
 
     def read(self, *, limit: int) -> bytearray:
         """Return all bytes of a small tensor; over `limit` bytes is a `FormatError`."""
-        size = self.elements * BITS[self.dtype] // 8
+        size = dtypes.nbytes(self.dtype, self.elements)
         if size > limit:
             raise FormatError(f"{size:,} bytes where a small record belongs (limit {limit:,})", tensor=self.name)
         return self.source.read(self.offset, self.offset + size)
@@ -91,11 +91,34 @@ class StoredTensor(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One stored tensor of an encoded weight: its name in the format, its byte class, and where it is."""
+    """One stored tensor of an encoded weight: its name in the format, its byte class, and where it is.
+
+    `between` are the bytes of other classes that are written between those of `kind`: the scales of ggml's blocks.
+    """
 
     name: str
     kind: ByteClass
     stored: StoredTensor
+    between: tuple[tuple[ByteClass, int], ...] = ()
+
+    @property
+    def bytes(self) -> tuple[tuple[ByteClass, int], ...]:
+        """All its bytes, by class."""
+        return (self.kind, self.stored.nbytes - sum(size for _, size in self.between)), *self.between
+
+
+class Origin(NamedTuple):
+    """What a converter made a tensor of: the name it has in the unquantized model, and what was done to its values.
+
+    `paired_rows`: the rows of each head (so many) were written as pairs, row i of its first half beside row i of its
+    second (llama.cpp does that to q and k). `transposed`: the unquantized model keeps the matrix the other way round.
+    `shift`: what was added to every value.
+    """
+
+    name: str
+    paired_rows: int | None = None
+    transposed: bool = False
+    shift: float = 0.0
 
 
 Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
@@ -106,7 +129,8 @@ class LogicalTensor(NamedTuple):
 
     `parts[0]` holds the codes (or the plain values). `decoder` is a module-level function, so that a tensor of a file
     can be sent to another process. `transposed` says that the unquantized model keeps the matrix the other way round
-    (GPT-2's Conv1D). `floor_db` is the SQNR under which this encoding is broken, whatever the weights.
+    (GPT-2's Conv1D). `paired_rows` and `shift` are undone by `decode` (see `Origin`). `floor_db` is the SQNR under
+    which this encoding is broken, whatever the weights.
     """
 
     name: str
@@ -119,6 +143,8 @@ class LogicalTensor(NamedTuple):
     block: int | None = None
     transposed: bool = False
     floor_db: float | None = None
+    paired_rows: int | None = None
+    shift: float = 0.0
 
     @property
     def params(self) -> int:
@@ -153,7 +179,8 @@ class LogicalTensor(NamedTuple):
         """The bytes by class, empty classes left out."""
         found: dict[ByteClass, int] = {}
         for part in self.parts:
-            found[part.kind] = found.get(part.kind, 0) + part.stored.nbytes
+            for kind, size in part.bytes:
+                found[kind] = found.get(kind, 0) + size
         return {kind: size for kind, size in found.items() if size}
 
     @property
@@ -190,7 +217,21 @@ class LogicalTensor(NamedTuple):
         """
         if self.decoder is None:
             raise NotDecodable(f"{self.scheme} is counted and weighed, but not decoded here", tensor=self.name)
-        return self.decoder(self, start, self.rows if stop is None else stop, device)
+        stop = self.rows if stop is None else stop
+        if self.paired_rows is None:
+            values = self.decoder(self, start, stop, device)
+        else:
+            values = self._unpaired(self.decoder, self.paired_rows, start, stop, device)
+        return values - self.shift if self.shift else values
+
+    def _unpaired(self, decoder: Decoder, head: int, start: int, stop: int, device: str) -> torch.Tensor:
+        """Whole heads are decoded, their rows put back as two halves, and the window cut out of them."""
+        if len(self.shape) == 1:  # a bias: its values are the rows
+            whole = decoder(self, 0, 1, device).view(-1, head // 2, 2)
+            return whole.transpose(1, 2).reshape(1, -1)[start:stop]
+        first, last = start // head * head, -(-stop // head) * head
+        pairs = decoder(self, first, last, device).view(-1, head // 2, 2, self.columns)
+        return pairs.transpose(1, 2).reshape(last - first, self.columns)[start - first : stop - first]
 
     def windows(self, elements: int = 1 << 20) -> Iterator[tuple[int, int]]:
         """Yield row ranges of about `elements` values each."""
@@ -212,3 +253,4 @@ class Container:
     aliases: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)  # by stored name

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_quantcheck import FormatError, inspect
-from pytest_quantcheck.checks import architecture, unquantized_model
-from pytest_quantcheck.checks.architecture import check_architecture
+from pytest_quantcheck import FormatError, architecture, inspect, unquantized_model
 from tests.layouts import Entry, write_folder
 
 SMALL = {
@@ -91,7 +89,11 @@ def mixtral() -> list[Entry]:
 
 def findings(folder, entries: list[Entry], config: dict) -> list[tuple[str, str | None, str]]:
     path = write_folder(folder / "checkpoint", [_unsigned(entry) for entry in entries], config)
-    return [(found.severity, found.tensor, found.message) for found in check_architecture(inspect(path))]
+    return [
+        (found.severity, found.tensor, found.message)
+        for found in inspect(path, verify_architecture=True).findings
+        if found.check == "architecture"
+    ]
 
 
 def _unsigned(entry: Entry) -> Entry:
@@ -145,7 +147,7 @@ def test_in_a_process_of_its_own(tmp_path, monkeypatch):
     path = write_folder(tmp_path / "checkpoint", plain("some.layer", 7, 9), config)
     (path / "code.py").write_text("raise SystemExit('ran')")
     with pytest.raises(FormatError, match="model_type `no_such_model` is not in the installed transformers"):
-        check_architecture(inspect(path))
+        inspect(path, verify_architecture=True)
     assert findings(tmp_path / "llama", llama(), LLAMA | {"quantization": MLX}) == []
 
 
@@ -163,4 +165,4 @@ def test_without_a_configuration(tmp_path):
     path = write_folder(tmp_path / "checkpoint", plain("some.layer", 7, 9), LLAMA)
     (path / "config.json").unlink()
     with pytest.raises(FormatError, match=r"has no config.json"):
-        check_architecture(inspect(path))
+        inspect(path, verify_architecture=True)

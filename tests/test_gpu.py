@@ -8,6 +8,7 @@ import torch
 
 from pytest_quantcheck import assert_dequant_fidelity, count_params, inspect
 from tests import models
+from tests.cases import ggml
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +38,12 @@ def test_int8_decodes_the_same_on_both_devices():
     assert torch.equal(tensor.decode(device="cuda").cpu(), tensor.decode(device="cpu"))
     layer(torch.randn(2, 160, device="cuda", dtype=torch.float16))
     assert torch.equal(inspect(layer).tensor("weight").decode(), tensor.decode())
+
+
+@pytest.mark.parametrize("case", ggml.CASES, ids=[case.id for case in ggml.CASES])
+def test_ggml_decodes_the_same_on_both_devices(tmp_path, case):
+    tensor = inspect(case.make().write(tmp_path)).tensor(case.name)
+    assert torch.equal(tensor.decode(device="cuda").cpu(), tensor.decode())
 
 
 def test_a_model_on_the_gpu_counts_and_compares_as_its_files_do(tmp_path):

@@ -34,6 +34,8 @@ def artifact(request, made, case, tmp_path):
         if content.live is None:
             pytest.skip("this layout has no live form here")
         return inspect(content.live)
+    if content.write is not None:
+        return inspect(content.write(tmp_path))
     if content.tensors is None:
         pytest.skip("this layout is not saved")
     tensors = {name: tensor.contiguous().clone() for name, tensor in content.tensors.items()}

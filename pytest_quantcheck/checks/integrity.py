@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.dtypes import DTYPES
+from pytest_quantcheck.errors import NotDecodable
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.quantities import counted, format_size
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
@@ -45,9 +46,27 @@ def _line(finding: Finding) -> str:
 
 def _not_finite(artifact: Artifact) -> Iterator[Finding]:
     for tensor in artifact.tensors:
+        if any(part.between for part in tensor.parts):
+            yield from _bad_decoded(tensor)
         for part in tensor.parts:
             if _holds_numbers(tensor, part):
                 yield from _bad_values(tensor, part)
+
+
+def _bad_decoded(tensor: LogicalTensor) -> Iterator[Finding]:
+    """Scales that are written between the codes are seen by what they make of them."""
+    import torch
+
+    bad = 0
+    try:
+        for start, stop in tensor.windows():
+            bad += int((~torch.isfinite(tensor.decode(start, stop))).sum())
+    except NotDecodable as error:
+        yield Finding("not-checked", "note", tensor.stored.name, f"its scales were not looked at: {error.what}")
+        return
+    if bad:
+        what = f"{bad:,} of {tensor.params:,} values are NaN or infinite once decoded"
+        yield Finding("non-finite", "error", tensor.stored.name, what)
 
 
 def _holds_numbers(tensor: LogicalTensor, part: Part) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from pytest_quantcheck.containers import safetensors
+from pytest_quantcheck.containers import gguf, safetensors
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container
 
 # One module per container, each with `accepts(path) -> bool` and `open_container(path) -> Container`.
-CONTAINERS: tuple[ModuleType, ...] = (safetensors,)
+CONTAINERS: tuple[ModuleType, ...] = (safetensors, gguf)
 
 
 def open_path(path: str | os.PathLike[str]) -> Container:
@@ -23,5 +23,5 @@ def open_path(path: str | os.PathLike[str]) -> Container:
             opened: Container = container.open_container(path)
             return opened
     if os.path.isdir(path):
-        raise FormatError("holds no weights (looked for *.safetensors)", file=path)
-    raise FormatError("not a container we read (safetensors)", file=path)
+        raise FormatError("holds no weights (looked for *.safetensors and *.gguf)", file=path)
+    raise FormatError("not a container we read (safetensors, GGUF)", file=path)

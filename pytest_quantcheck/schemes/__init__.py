@@ -32,6 +32,14 @@ from pytest_quantcheck.schemes import (
     fp8_fine_grained,
     fp_quant,
     gemma,
+    ggml_codebook,
+    ggml_fp4,
+    ggml_iq4,
+    ggml_k,
+    ggml_legacy,
+    ggml_low_bit,
+    ggml_ternary,
+    ggml_unknown,
     gptq,
     higgs,
     hqq,
@@ -62,7 +70,7 @@ from pytest_quantcheck.schemes import (
     vptq,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
-from pytest_quantcheck.tensor import Container, LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import Container, LogicalTensor, Origin, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +125,14 @@ SCHEMES: tuple[Scheme, ...] = (
     torchao_nf4.SCHEME,
     torchao_opaque.SCHEME,
     torch_ao.SCHEME,
+    ggml_legacy.SCHEME,
+    ggml_k.SCHEME,
+    ggml_iq4.SCHEME,
+    ggml_ternary.SCHEME,
+    ggml_fp4.SCHEME,
+    ggml_low_bit.SCHEME,
+    ggml_codebook.SCHEME,
+    ggml_unknown.SCHEME,
     activation_scales.SCHEME,
     plain.SCHEME,
 )
@@ -155,15 +171,19 @@ def logical_tensors(container: Container) -> list[LogicalTensor]:
     )
     configured = _configured(namespace)
     found: dict[str, LogicalTensor] = {}  # stored name -> the logical tensor that uses it
+    by_dtype = _by_dtype(container.tensors)
     for scheme in SCHEMES:
-        for anchor in _anchors(scheme, by_ending):
+        for anchor in (*_anchors(scheme, by_ending), *_written_as(scheme, by_dtype)):
             if anchor.name not in found:
                 _take(scheme.claim(anchor, namespace), found, namespace)
     for name, stored in container.tensors.items():
         if name not in found:
             _refuse(stored, configured, namespace)
             found[name] = _of_all_ranks(plain.claim(stored, namespace))
-    return [tensor for name in container.tensors if (tensor := found[name]).parts[0].stored.name == name]
+    primary = (tensor for name in container.tensors if (tensor := found[name]).parts[0].stored.name == name)
+    if not container.origins:
+        return list(primary)
+    return [_as_it_was(tensor, container.origins.get(tensor.stored.name)) for tensor in primary]
 
 
 def _by_ending(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
@@ -178,6 +198,27 @@ def _anchors(scheme: Scheme, by_ending: Mapping[str, list[StoredTensor]]) -> Ite
     for ending, group in by_ending.items():
         if scheme.anchors and ending.endswith(scheme.anchors):
             yield from group
+
+
+def _by_dtype(tensors: Mapping[str, StoredTensor]) -> Mapping[str, list[StoredTensor]]:
+    found: dict[str, list[StoredTensor]] = {}
+    for stored in tensors.values():
+        found.setdefault(stored.dtype, []).append(stored)
+    return found
+
+
+def _written_as(scheme: Scheme, by_dtype: Mapping[str, list[StoredTensor]]) -> Iterable[StoredTensor]:
+    for dtype in scheme.dtypes:
+        yield from by_dtype.get(dtype, ())
+
+
+def _as_it_was(tensor: LogicalTensor, origin: Origin | None) -> LogicalTensor:
+    """The tensor under the name of the unquantized model, with what `decode` has to undo."""
+    if origin is None:
+        return tensor
+    return tensor._replace(
+        name=origin.name, paired_rows=origin.paired_rows, transposed=origin.transposed, shift=origin.shift
+    )
 
 
 def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespace: Namespace) -> None:

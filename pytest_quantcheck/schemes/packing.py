@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.dtypes import BITS, DTYPES
@@ -409,3 +409,56 @@ def inverse(permutation: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
     if not torch.equal(ordered, torch.arange(len(permutation), device=permutation.device)):
         raise FormatError(f"is no permutation of 0 to {len(permutation) - 1:,}", tensor=stored.name)
     return where
+
+
+def halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """Return the float16 at byte `at` (even) of each block, as float32.
+
+    blocks  # (n, bytes) uint8
+    ->      # (n, 1)
+    """
+    import torch
+
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def shifted(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the `bits`-bit fields of each byte, lowest first, along a new last dimension.
+
+    packed  # (...) uint8
+    ->      # (..., 8 / bits) uint8
+
+    >>> import torch
+    >>> shifted(torch.tensor([0b11100100], dtype=torch.uint8), 2).tolist()
+    [[0, 1, 2, 3]]
+    """
+    import torch
+
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+
+
+def little_endian(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the unsigned integers of `width` bytes that are written one after the other, as int64.
+
+    packed  # (n, bytes) uint8
+    ->      # (n, bytes / width)
+    """
+    import torch
+
+    places = 8 * torch.arange(width, device=packed.device)
+    return (packed.reshape(len(packed), -1, width).to(torch.int64) << places).sum(dim=-1)
+
+
+def look_up_halves(packed: torch.Tensor, table: Sequence[int], values: torch.Tensor) -> None:
+    """Fill values from a table by the low nibbles of each run of bytes, then by the high ones.
+
+    packed  # (runs, bytes) uint8
+    table   # 16 entries
+    values  # (runs, 2, bytes) float32
+    """
+    import torch
+
+    entries = torch.tensor(table, dtype=torch.float32, device=packed.device)
+    pairs = look_up(packed.reshape(-1), nibble_pairs(entries, high_first=False))
+    values.copy_(pairs.view(len(packed), -1, 2).transpose(1, 2))

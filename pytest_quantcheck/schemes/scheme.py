@@ -40,7 +40,8 @@ Refuse = Callable[[StoredTensor, Namespace], str | None]
 class Scheme:
     """One row of the table of schemes.
 
-    `anchors` are endings of the last component of a stored name: a tensor so named starts a claim.
+    `anchors` are endings of the last component of a stored name: a tensor so named starts a claim. So does one whose
+    dtype is in `dtypes`.
     `methods` are the `quant_method` values of a configuration that announce the scheme.
     `live` maps `package.Class`, or `:buffer` for any module that has such a buffer, to how the object is shown; no
     library is imported for it. A buffer that is shown stands for a parameter.
@@ -51,6 +52,7 @@ class Scheme:
     variants: tuple[str, ...]
     claim: Claim
     anchors: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     live: Mapping[str, Expose] = field(default_factory=dict)
     refuse: Refuse | None = None

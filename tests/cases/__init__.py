@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +27,7 @@ class Made:
     metadata: dict[str, str] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)  # further JSON files beside the weights, by name
     tolerance: float = 0.0
+    write: Callable[[Path], Path] | None = None  # writes the artifact where it is no safetensors folder
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def all_cases() -> list[Case]:
         fp8,
         fp_quant,
         gemma,
+        ggml,
         gptq,
         higgs,
         hqq,
@@ -103,4 +106,5 @@ def all_cases() -> list[Case]:
         *quark.CASES,
         *fouroversix.CASES,
         *fp_quant.CASES,
+        *ggml.CASES,
     ]

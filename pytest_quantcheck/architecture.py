@@ -12,12 +12,11 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.quantities import counted
@@ -30,7 +29,9 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 PROGRAM = Path(__file__).with_name("unquantized_model.py")
 
 
-def check_architecture(artifact: Artifact) -> list[Finding]:
+def disagreements(
+    source: str, configs: Mapping[str, Mapping[str, object]], tensors: Iterable[LogicalTensor]
+) -> list[Finding]:
     """Return a finding for every logical tensor whose shape is not the one of the unquantized model.
 
     A tensor that the model has and the artifact lacks is a warning; what the model does not have is one note, and an
@@ -39,12 +40,12 @@ def check_architecture(artifact: Artifact) -> list[Finding]:
     """
     if find_spec("transformers") is None:
         raise ValueError("verifying the architecture needs transformers: pip install pytest-quantcheck[hf]")
-    config = artifact.configs.get("config.json")
+    config = configs.get("config.json")
     if not config:
-        raise FormatError("has no config.json, so no architecture to verify", file=artifact.source)
-    tensors = {tensor.name: tensor for tensor in artifact.tensors if tensor.role in ("parameter", "tied", "buffer")}
-    answer = _ask(artifact.source, config, {name: _shape(tensor) for name, tensor in tensors.items()})
-    return list(_findings(answer, tensors))
+        raise FormatError("has no config.json, so no architecture to verify", file=source)
+    by_name = {tensor.name: tensor for tensor in tensors if tensor.role in ("parameter", "tied", "buffer")}
+    answer = _ask(source, config, {name: _shape(tensor) for name, tensor in by_name.items()})
+    return list(_findings(answer, by_name))
 
 
 def _shape(tensor: LogicalTensor) -> list[int]:

@@ -1,7 +1,7 @@
 """The unquantized model of a configuration, on the meta device, given tensors to load: a process of its own.
 
 Reads `{"config", "shapes"}` as JSON from stdin and writes what transformers' own loader has to say to stdout, so its
-renames, its merges of experts and its ties are not done a second time here. Run by `checks.architecture`, never
+renames, its merges of experts and its ties are not done a second time here. Run by `architecture`, never
 imported: a configuration comes from strangers, so it is built offline, without remote code, in bounded time and memory.
 """
 

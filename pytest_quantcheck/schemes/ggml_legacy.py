@@ -1,0 +1,85 @@
+"""ggml's first block types: 32 values with one scale, and a minimum in the `_1` types.
+
+    type   bytes  layout of a block
+    Q4_0   18     d f16 | 16 bytes: low nibbles are values 0 to 15, high nibbles 16 to 31
+    Q4_1   20     d f16 | m f16 | 16 bytes, as Q4_0
+    Q5_0   22     d f16 | 4 bytes: the fifth bit of value i is bit i, lowest first | 16 bytes, as Q4_0
+    Q5_1   24     d f16 | m f16 | 4 bytes | 16 bytes, as Q5_0
+    Q8_0   34     d f16 | 32 int8
+
+Formula, in float32: Q4_0 (q - 8) * d; Q5_0 (q - 16) * d; Q8_0 q * d; Q4_1 and Q5_1 q * d + m.
+Source: llama.cpp, ggml/src/ggml-common.h and ggml-quants.c; gguf 0.19, quants.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_quantcheck.schemes import ggml_blocks, packing
+from pytest_quantcheck.schemes.ggml_blocks import BlockType
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
+    """Return the tensor that these blocks are."""
+    return ggml_blocks.claim(stored, namespace, TYPES[stored.dtype])
+
+
+def _q4_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    _nibbles(blocks[:, 2:], values)
+    values.sub_(8).mul_(packing.halves(blocks, 0))
+
+
+def _q4_1(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    _nibbles(blocks[:, 4:], values)
+    values.mul_(packing.halves(blocks, 0)).add_(packing.halves(blocks, 2))
+
+
+def _q5_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    _nibbles(blocks[:, 6:], values)
+    values.add_(_bits(blocks[:, 2:6]), alpha=16).sub_(16).mul_(packing.halves(blocks, 0))
+
+
+def _q5_1(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    _nibbles(blocks[:, 8:], values)
+    values.add_(_bits(blocks[:, 4:8]), alpha=16)
+    values.mul_(packing.halves(blocks, 0)).add_(packing.halves(blocks, 2))
+
+
+def _q8_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    import torch
+
+    values.copy_(blocks[:, 2:].view(torch.int8)).mul_(packing.halves(blocks, 0))
+
+
+def _nibbles(packed: torch.Tensor, values: torch.Tensor) -> None:
+    """Fill the first half of each block from low nibbles, the second from high ones."""
+    values[:, :16] = packed & 15
+    values[:, 16:] = packed >> 4
+
+
+def _bits(packed: torch.Tensor) -> torch.Tensor:
+    return packing.shifted(packed, 1).flatten(1)  # (n, 32)
+
+
+TYPES = {
+    "Q4_0": BlockType(_q4_0, scales=2, floor_db=18.0),
+    "Q4_1": BlockType(_q4_1, scales=2, zero_points=2, floor_db=19.9),
+    "Q5_0": BlockType(_q5_0, scales=2, floor_db=24.3),
+    "Q5_1": BlockType(_q5_1, scales=2, zero_points=2, floor_db=26.2),
+    "Q8_0": BlockType(_q8_0, scales=2, floor_db=42.0),
+}
+
+SCHEME = Scheme(
+    name="ggml-legacy",
+    title="ggml Q4_0 to Q8_0",
+    variants=tuple(f"ggml-{name.lower()}" for name in TYPES),
+    claim=claim,
+    dtypes=tuple(TYPES),
+    source="llama.cpp ggml-common.h, ggml-quants.c; gguf 0.19, quants.py",
+    verified="gguf 0.19.0",
+)
