@@ -84,7 +84,7 @@ def _shape(parts: dict[str, StoredTensor]) -> tuple[int, int]:
         )
     outputs = codes.shape[1] // 2
     if channel.dtype not in ("F32", "F16", "BF16") or channel.shape != (1, outputs):
-        rule = f"[1, {outputs:,}] floats"
+        rule = f"one float for each of {outputs:,} outputs ([1, N])"
         raise FormatError(f"{channel.dtype} {list(channel.shape)} is not {rule}", tensor=channel.name)
     return outputs, 16 * codes.shape[0]
 
