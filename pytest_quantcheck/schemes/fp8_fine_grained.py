@@ -23,7 +23,8 @@ under 128-row blocks get blocks of 96 (silently), and the 576 rows of DeepSeek's
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,7 @@ EXPONENTS = frozenset({"F8_E8M0", "U8"})
 
 # ending of a scale -> ending of its weight
 WEIGHTS = {"weight_scale_inv": "weight", "_scale_inv": "", "weight_scale": "weight", "scale": "weight"}
+ACTIVATION_SCALES = ("activation_scale", "input_scale", "act_scale")
 BLOCK_SIZE = "_block_size"  # live only, see `expose`
 RECORD_LIMIT = 1 << 10
 
@@ -155,12 +157,13 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
     return name
 
 
-def _activation_scales(name: str, namespace: Namespace) -> Iterator[StoredTensor]:
-    prefix = name.removesuffix("weight") if name == "weight" or name.endswith(".weight") else f"{name}_"
-    for ending in ("activation_scale", "input_scale", "act_scale"):
-        stored = namespace.tensors.get(prefix + ending)
-        if stored is not None:
-            yield stored
+def _activation_scales(name: str, namespace: Namespace) -> list[StoredTensor]:
+    alone = name == "weight" or name.endswith(".weight")
+    if alone and not any(map(namespace.endings.__contains__, ACTIVATION_SCALES)):
+        return []
+    prefix = name.removesuffix("weight") if alone else f"{name}_"
+    found = [namespace.tensors.get(prefix + ending) for ending in ACTIVATION_SCALES]
+    return [stored for stored in found if stored is not None]
 
 
 def _settings(record: StoredTensor | None, namespace: Namespace) -> Mapping[str, Any]:
@@ -178,31 +181,53 @@ def _block_size(scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, 
     block = settings.get("weight_block_size", default)
     if block is None:
         return None
-    if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(b) is int and b > 0 for b in block):
-        raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=scale.name)
-    return block[0], block[1]
+    if isinstance(block, (list, tuple)) and len(block) == 2:
+        rows, columns = block
+        if type(rows) is int and type(columns) is int and rows > 0 and columns > 0:
+            return rows, columns
+    raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=scale.name)
+
+
+class _Said(NamedTuple):
+    """What settings and names say of the blocks of one weight: `blocked` if by name, `fused` of gate and up."""
+
+    block: tuple[int, int] | None
+    anything: bool
+    blocked: bool
+    fused: bool
 
 
 def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, settings: Mapping[str, Any]) -> Layout:
     """Fit the scales to the weight; what does not fit is a `FormatError`."""
-    grid, block = _grid(scale, shape), FP4_BLOCK if packed else _block_size(scale, settings)
+    block = FP4_BLOCK if packed else _block_size(scale, settings)
+    said = _Said(block, bool(settings), _is_blocked(scale, settings), "gate_up" in scale.name)
+    try:
+        return _fitted(scale.shape, shape, packed, said)
+    except FormatError as error:
+        raise error.at(tensor=scale.name) from None
+
+
+@lru_cache(maxsize=1024)
+def _fitted(scales: tuple[int, ...], shape: tuple[int, ...], packed: bool, said: _Said) -> Layout:
+    """The layout of one pair of shapes: a model has few, however many tensors."""
+    grid, block = _grid(scales, shape), said.block
     rows, columns = shape[-2:]
     per_tensor = grid == (1, 1) and not packed
-    if per_tensor and (block is None or not _is_blocked(scale, settings)):
-        rows = prod(shape[:-1]) if scale.elements == 1 else rows
+    if per_tensor and (block is None or not said.blocked):
+        rows = prod(shape[:-1]) if prod(scales) == 1 else rows
         return Layout(grid, rows, (rows, columns), packed)
     if grid == (rows, 1) and block != FP4_BLOCK:
         return Layout(grid, rows, (1, columns), packed)
-    if block is None and not settings:
+    if block is None and not said.anything:
         return Layout(grid, rows, None, packed)
     block = block or (rows, columns)
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if grid == wanted:
         return Layout(grid, rows, block, packed)
-    if grid == (2, wanted[1]) and wanted[0] == 1 and "gate_up" in scale.name and rows % 2 == 0:
+    if grid == (2, wanted[1]) and wanted[0] == 1 and said.fused and rows % 2 == 0:
         return Layout(grid, rows, (rows // 2, block[1]), packed)
     rule = f"{wanted[0]} x {wanted[1]} for {list(shape)} in blocks of {block[0]} x {block[1]}"
-    raise FormatError(f"{list(scale.shape)} does not fit its weight ({rule})", tensor=scale.name)
+    raise FormatError(f"{list(scales)} does not fit its weight ({rule})")
 
 
 def _is_blocked(scale: StoredTensor, settings: Mapping[str, Any]) -> bool:
@@ -210,15 +235,15 @@ def _is_blocked(scale: StoredTensor, settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("weight_block_size")) and scale.name.endswith("_scale_inv")
 
 
-def _grid(scale: StoredTensor, shape: tuple[int, ...]) -> tuple[int, int]:
+def _grid(scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
     """The rows and columns of scales over one matrix."""
-    if scale.elements == 1 or scale.shape == shape[:-2]:
+    if prod(scales) == 1 or scales == shape[:-2]:
         return 1, 1
-    if len(scale.shape) == len(shape) and scale.shape[:-2] == shape[:-2]:
-        return scale.shape[-2], scale.shape[-1]
-    if scale.shape == shape[:-1]:
+    if len(scales) == len(shape) and scales[:-2] == shape[:-2]:
+        return scales[-2], scales[-1]
+    if scales == shape[:-1]:
         return shape[-2], 1
-    raise FormatError(f"{list(scale.shape)} is no grid over {list(shape)}", tensor=scale.name)
+    raise FormatError(f"{list(scales)} is no grid over {list(shape)}")
 
 
 def _variant(scale: StoredTensor, layout: Layout) -> str:
