@@ -261,7 +261,7 @@ def _mark_tied_head(tensors: list[LogicalTensor], container: Container) -> tuple
         return tensors, []
     head = next((tensor for tensor in tensors if tensor.name.endswith(HEADS)), None)
     embedding = next((tensor for tensor in tensors if tensor.name.endswith(EMBEDDINGS)), None)
-    if head is None or embedding is None or head.shape != embedding.shape:
+    if head is None or embedding is None or head.shape != embedding.shape or head.role == "tied":
         return tensors, []
     if not _same_sample(head, embedding):
         what = f"differs from `{embedding.name}`, but config.json says tie_word_embeddings: a loader drops one of them"

@@ -44,7 +44,7 @@ def cli() -> None:
 def inspect(path: str, as_json: bool, strict: bool, verify_architecture: bool) -> int:
     """Show every tensor of PATH: its logical shape beside what is stored, its scheme, bits and bytes; then totals.
 
-    PATH is a .safetensors file, an index, or a checkpoint folder. Only headers are read.
+    PATH is a file, an index, or a checkpoint folder. Only headers are read.
     """
     from pytest_quantcheck.artifact import uncollected
 

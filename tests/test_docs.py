@@ -132,7 +132,7 @@ def test_pages_build_without_torch():
 
 
 def test_every_page_is_in_a_table_of_contents():
-    listed = set(re.findall(r"^[\w/]+$", PAGES["index.md"], re.MULTILINE))
+    listed = set(re.findall(r"^(?!lint/)[\w/]+$", PAGES["index.md"], re.MULTILINE))
     pages = {name.removesuffix(".md") for name in PAGES if not name.startswith(("lint/", "examples/"))}
     assert pages - {"index"} == listed
 

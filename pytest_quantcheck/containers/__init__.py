@@ -5,12 +5,28 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from pytest_quantcheck.containers import gguf, safetensors
+from pytest_quantcheck.containers import gguf, safetensors, tflite, torch_zip
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container
 
 # One module per container, each with `accepts(path) -> bool` and `open_container(path) -> Container`.
-CONTAINERS: tuple[ModuleType, ...] = (safetensors, gguf)
+CONTAINERS: tuple[ModuleType, ...] = (
+    safetensors,
+    gguf,
+    torch_zip,
+    tflite,
+)
+
+# What people try and what it is, by the ending of its name.
+OTHERS = {
+    ".mlmodel": "a Core ML model (a protobuf of layers and weights); coremltools reads it",
+    ".mlpackage": "a Core ML package (a program and its weight.bin); coremltools reads it",
+    ".mlmodelc": "a compiled Core ML model; only Core ML itself reads it",
+    ".ort": "an ONNX Runtime model (a flatbuffer of an optimized graph); check the .onnx file it was made from",
+    ".pte": "an ExecuTorch program; check the checkpoint it was exported from",
+    ".pt2": "an exported torch program; check the checkpoint it was exported from",
+    ".engine": "a TensorRT engine, which belongs to one GPU; check the checkpoint it was built from",
+}
 
 
 def open_path(path: str | os.PathLike[str]) -> Container:
@@ -22,6 +38,9 @@ def open_path(path: str | os.PathLike[str]) -> Container:
         if container.accepts(path):
             opened: Container = container.open_container(path)
             return opened
+    for ending, what in OTHERS.items():
+        if path.rstrip("/").endswith(ending):
+            raise FormatError(f"is {what}", file=path)
     if os.path.isdir(path):
-        raise FormatError("holds no weights (looked for *.safetensors and *.gguf)", file=path)
-    raise FormatError("not a container we read (safetensors, GGUF)", file=path)
+        raise FormatError("holds no weights (looked for *.safetensors, *.gguf, *.bin, *.pt, *.pth, *.ckpt)", file=path)
+    raise FormatError("not a container we read (safetensors, GGUF, torch, TFLite)", file=path)

@@ -15,9 +15,11 @@ from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
-    from pytest_quantcheck.tensor import StoredTensor
+    from pytest_quantcheck.tensor import Source, StoredTensor
 
 JSON_LIMIT = 64 << 20
 
@@ -48,20 +50,28 @@ class File(NamedTuple):
 
     def read(self, start: int, stop: int) -> bytearray:
         """Return bytes `start` up to `stop`; a file that changed since it was opened is a `FormatError`."""
-        buffer = bytearray(stop - start)
+        return self.read_each([(start, stop)])[0]
+
+    def read_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
+        """Return the bytes of many small ranges, the file opened once for all of them."""
         descriptor = _open(self.path)
         try:
             self._check(descriptor)
-            view = memoryview(buffer)
-            while view:
-                count = os.preadv(descriptor, [view], start)
-                if not count:
-                    raise FormatError("changed while being read", file=self.path)
-                start += count
-                view = view[count:]
+            found = [self._read(descriptor, start, stop) for start, stop in ranges]
             self._check(descriptor)
         finally:
             os.close(descriptor)
+        return found
+
+    def _read(self, descriptor: int, start: int, stop: int) -> bytearray:
+        buffer = bytearray(stop - start)
+        view = memoryview(buffer)
+        while view:
+            count = os.preadv(descriptor, [view], start)
+            if not count:
+                raise FormatError("changed while being read", file=self.path)
+            start += count
+            view = view[count:]
         return buffer
 
     def _check(self, descriptor: int) -> None:
@@ -70,17 +80,22 @@ class File(NamedTuple):
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
         """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
-        import torch
+        return load(self, stored, start, stop, device)
 
-        attribute = DTYPES[stored.dtype].torch
-        dtype = getattr(torch, attribute, None) if attribute else None
-        if dtype is None:
-            raise NotDecodable(f"torch {torch.__version__} has no dtype for {stored.dtype}", tensor=stored.name)
-        if stop <= start:
-            return torch.empty(0, dtype=dtype, device=device)
-        width = BITS[stored.dtype] // 8
-        raw = self.read(stored.offset + start * width, stored.offset + stop * width)
-        return torch.frombuffer(raw, dtype=dtype).to(device)
+
+def load(source: Source, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return elements `start` up to `stop` of what a source reads as bytes, as a flat torch tensor on `device`."""
+    import torch
+
+    attribute = DTYPES[stored.dtype].torch
+    dtype = getattr(torch, attribute, None) if attribute else None
+    if dtype is None:
+        raise NotDecodable(f"torch {torch.__version__} has no dtype for {stored.dtype}", tensor=stored.name)
+    if stop <= start:
+        return torch.empty(0, dtype=dtype, device=device)
+    width = BITS[stored.dtype] // 8
+    raw = source.read(stored.offset + start * width, stored.offset + stop * width)
+    return torch.frombuffer(raw, dtype=dtype).to(device)
 
 
 def open_file(path: str | os.PathLike[str]) -> File:

@@ -12,36 +12,19 @@ readers differ on which one wins.
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Mapping
-from itertools import repeat
 from math import prod
-from operator import eq
 from typing import NamedTuple
 
 from pytest_quantcheck import strict_json
-from pytest_quantcheck.containers import files
+from pytest_quantcheck.containers import files, folders
 from pytest_quantcheck.dtypes import BITS, SAFETENSORS
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import ByteClass, Container, Source, StoredTensor
+from pytest_quantcheck.tensor import Container, Source, StoredTensor
 
 HEADER_LIMIT = 100_000_000
 MAX_COUNT = 2**63 - 1
-
-# JSON files beside the weights that say how they are encoded.
-CONFIGS = (
-    "config.json",
-    "adapter_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-    "quanto_qmap.json",
-    "quantization_map.json",
-    "model.safetensors.index.json.meta.json",
-)
-SHARD = re.compile(r"-\d{5,}-of-(\d{5,})\.safetensors$")
 
 
 class Header(NamedTuple):
@@ -55,20 +38,13 @@ class Header(NamedTuple):
 def accepts(path: str) -> bool:
     """Whether this container reads the path."""
     if os.path.isdir(path):
-        return any(".safetensors" in name for name in os.listdir(path))
-    return path.endswith((".safetensors", ".safetensors.index.json"))
+        return any(FOLDER.holds(name) or FOLDER.is_index(name) for name in os.listdir(path))
+    return FOLDER.holds(path) or FOLDER.is_index(path)
 
 
 def open_container(path: str) -> Container:
     """Return the tensors of a `.safetensors` file, of an index, or of a folder that holds either."""
-    if os.path.isdir(path):
-        return _open_folder(path)
-    if path.endswith(".index.json"):
-        return _open_folder(os.path.dirname(path) or ".", index=os.path.basename(path))
-    file = files.open_file(path)
-    header = _header_of(file, shown=path)
-    overhead: dict[ByteClass, int] = {"metadata": header.data_start}
-    return Container("safetensors", path, header.tensors, file.size, overhead, metadata=header.metadata)
+    return folders.open_container(path, FOLDER)
 
 
 def read_header(source: Source, size: int) -> Header:
@@ -160,135 +136,12 @@ def _check_end(at: int, data_size: int) -> None:
         raise FormatError(f"{data_size - at:,} bytes follow the last tensor (nothing may)")
 
 
-def _header_of(file: files.File, *, shown: str) -> Header:
+def _read_shard(file: files.File, *, shown: str) -> folders.Shard:
     try:
-        return read_header(file, file.size)
+        header = read_header(file, file.size)
     except FormatError as error:
         raise error.at(file=shown) from None
+    return folders.Shard(header.tensors, {"metadata": header.data_start}, header.metadata)
 
 
-def _open_folder(folder: str, *, index: str | None = None) -> Container:
-    present = files.listing(folder)
-    named = index is not None
-    index = index or _find_index(folder, present)
-    weight_map, total_size = _read_index(folder, index) if index else (None, None)
-    shards = sorted(set(weight_map.values())) if weight_map is not None else _find_weights(folder, present)
-    if not named and "model.safetensors" in present.keys() - shards:
-        raise FormatError(f"holds both `model.safetensors` and `{index}` (readers differ): name one", file=folder)
-    tensors: dict[str, StoredTensor] = {}
-    headers = 0
-    metadata: dict[str, str] = {}
-    for shard in shards:
-        header = _header_of(files.open_beneath(folder, shard), shown=os.path.join(folder, shard))
-        _check_shard(shard, header.tensors, tensors, weight_map, folder)
-        tensors |= header.tensors
-        headers += header.data_start
-        metadata |= header.metadata
-    _check_complete(weight_map, tensors, folder)
-    data_bytes = sum(stored.nbytes for stored in tensors.values())
-    findings = [*_stale_total(total_size, data_bytes, index), *_orphans(present, shards)]
-    beside = {name: size for name, size in present.items() if name not in shards}
-    dead = sum(size for name, size in beside.items() if name.endswith(".safetensors"))
-    overhead_bytes: dict[ByteClass, int] = {"metadata": headers + sum(beside.values()) - dead, "dead": dead}
-    return Container(
-        "safetensors",
-        folder,
-        tensors,
-        file_bytes=data_bytes + sum(overhead_bytes.values()),
-        overhead=overhead_bytes,
-        configs={name: config for name in CONFIGS if (config := files.read_json(folder, name)) is not None},
-        findings=tuple(findings),
-        metadata=metadata,
-    )
-
-
-def _find_index(folder: str, present: Mapping[str, int]) -> str | None:
-    found = [name for name in present if name.endswith(".safetensors.index.json")]
-    if "model.safetensors.index.json" in found:
-        return "model.safetensors.index.json"
-    if len(found) > 1:
-        raise FormatError(f"holds {len(found)} indexes ({', '.join(found)}): name one", file=folder)
-    return found[0] if found else None
-
-
-def _find_weights(folder: str, present: Mapping[str, int]) -> list[str]:
-    """The weight files of a folder without an index."""
-    found = [name for name in present if name.endswith(".safetensors")]
-    if not found:
-        raise FormatError("holds no weights (looked for *.safetensors)", file=folder)
-    if "model.safetensors" in found:
-        return ["model.safetensors"]
-    if len(found) == 1:
-        if SHARD.search(found[0]):
-            raise FormatError(f"holds the shard `{found[0]}`, but no index and no other shard", file=folder)
-        return found
-    announced = {match.group(1) if (match := SHARD.search(name)) else "" for name in found}
-    if announced == {f"{len(found):0{len(min(announced))}}"}:
-        return found
-    raise FormatError(
-        f"holds {len(found)} safetensors files and no index ({', '.join(found[:3])} ...): name one", file=folder
-    )
-
-
-def _read_index(folder: str, index: str) -> tuple[dict[str, str], object]:
-    shown = os.path.join(folder, index)
-    content = files.read_json(folder, index)
-    if content is None:
-        raise FormatError("no such file", file=shown)
-    weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("`weight_map` is not an object of tensor names", file=shown)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-            raise FormatError(f"names `{shard}`, which is not a safetensors file", file=shown, tensor=name)
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return weight_map, total
-
-
-def _check_shard(
-    shard: str,
-    found: Mapping[str, StoredTensor],
-    seen: Mapping[str, StoredTensor],
-    weight_map: Mapping[str, str] | None,
-    folder: str,
-) -> None:
-    shown = os.path.join(folder, shard)
-    if not found.keys().isdisjoint(seen.keys()):  # a view: of two views the shorter is walked
-        twice = next(name for name in found if name in seen)
-        raise FormatError("is also in another shard (readers differ on which one wins)", file=shown, tensor=twice)
-    if weight_map is None:
-        return
-    if all(map(eq, map(weight_map.get, found), repeat(shard))):
-        return
-    for name in found:
-        if weight_map.get(name) != shard:
-            there = f"`{weight_map[name]}`" if name in weight_map else "nowhere"
-            raise FormatError(f"is in this shard, but the index puts it {there}", file=shown, tensor=name)
-
-
-def _check_complete(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], folder: str) -> None:
-    if weight_map is None or len(weight_map) == len(tensors):  # every tensor is in the index: `_check_shard`
-        return
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise FormatError("is in the index, but not in its shard", file=os.path.join(folder, shard), tensor=name)
-
-
-def _stale_total(total: object, actual: int, index: str | None) -> list[Finding]:
-    if total is None or total == actual:
-        return []
-    message = f"{index}: `total_size` says {total}, the tensors have {actual:,} bytes"
-    return [Finding("index-total-size", "warning", None, message)]
-
-
-def _orphans(present: Mapping[str, int], shards: list[str]) -> list[Finding]:
-    return [
-        Finding(
-            "orphan-file",
-            "warning",
-            None,
-            f"`{name}` ({size:,} bytes) is no part of this checkpoint: stale or duplicate",
-        )
-        for name, size in present.items()
-        if name.endswith(".safetensors") and name not in shards
-    ]
+FOLDER = folders.Layout("safetensors", (".safetensors",), "model.safetensors", _read_shard)

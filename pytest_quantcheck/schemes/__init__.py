@@ -59,6 +59,7 @@ from pytest_quantcheck.schemes import (
     quark,
     sinq,
     spqr,
+    tflite_affine,
     torch_ao,
     torchao_affine,
     torchao_int4,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
+    tflite_affine.SCHEME,
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
     mlx.SCHEME,
@@ -226,7 +228,7 @@ def _take(tensor: LogicalTensor | None, found: dict[str, LogicalTensor], namespa
         return
     if _was_conv1d(tensor, namespace):
         tensor = tensor._replace(transposed=True)
-    if tensor.stored.role in ("adapter", "shadow"):
+    if tensor.stored.role in ("adapter", "shadow", "tied"):
         tensor = tensor._replace(role=tensor.stored.role)
     tensor = _of_all_ranks(tensor)
     for part in tensor.parts:

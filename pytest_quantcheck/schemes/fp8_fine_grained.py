@@ -23,7 +23,7 @@ under 128-row blocks get blocks of 96 (silently), and the 576 rows of DeepSeek's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,7 +45,6 @@ EXPONENTS = frozenset({"F8_E8M0", "U8"})
 
 # ending of a scale -> ending of its weight
 WEIGHTS = {"weight_scale_inv": "weight", "_scale_inv": "", "weight_scale": "weight", "scale": "weight"}
-ACTIVATION_SCALES = ("activation_scale", "input_scale", "act_scale")
 BLOCK_SIZE = "_block_size"  # live only, see `expose`
 RECORD_LIMIT = 1 << 10
 
@@ -157,13 +156,16 @@ def _weight_name(anchor: StoredTensor, namespace: Namespace) -> str | None:
     return name
 
 
-def _activation_scales(name: str, namespace: Namespace) -> list[StoredTensor]:
+_ACTIVATION_SCALES = ("activation_scale", "input_scale", "act_scale")
+
+
+def _activation_scales(name: str, namespace: Namespace) -> Iterator[StoredTensor]:
     alone = name == "weight" or name.endswith(".weight")
-    if alone and not any(map(namespace.endings.__contains__, ACTIVATION_SCALES)):
-        return []
-    prefix = name.removesuffix("weight") if alone else f"{name}_"
-    found = [namespace.tensors.get(prefix + ending) for ending in ACTIVATION_SCALES]
-    return [stored for stored in found if stored is not None]
+    prefix = name[: -len("weight")] if alone else f"{name}_"
+    for ending in _ACTIVATION_SCALES:
+        stored = None if alone and ending not in namespace.endings else namespace.tensors.get(prefix + ending)
+        if stored is not None:
+            yield stored
 
 
 def _settings(record: StoredTensor | None, namespace: Namespace) -> Mapping[str, Any]:
@@ -188,27 +190,25 @@ def _block_size(scale: StoredTensor, settings: Mapping[str, Any]) -> tuple[int, 
     raise FormatError(f"`weight_block_size` is `{block}` (two positive sizes belong there)", tensor=scale.name)
 
 
-class _Said(NamedTuple):
-    """What settings and names say of the blocks of one weight: `blocked` if by name, `fused` of gate and up."""
-
-    block: tuple[int, int] | None
-    anything: bool
-    blocked: bool
-    fused: bool
-
-
 def _layout(scale: StoredTensor, shape: tuple[int, ...], packed: bool, settings: Mapping[str, Any]) -> Layout:
     """Fit the scales to the weight; what does not fit is a `FormatError`."""
-    block = FP4_BLOCK if packed else _block_size(scale, settings)
-    said = _Said(block, bool(settings), _is_blocked(scale, settings), "gate_up" in scale.name)
+    said = _Said(FP4_BLOCK if packed else _block_size(scale, settings), bool(settings), _is_blocked(scale, settings))
     try:
-        return _fitted(scale.shape, shape, packed, said)
+        return _fitted(scale.shape, shape, packed, said, "gate_up" in scale.name)
     except FormatError as error:
         raise error.at(tensor=scale.name) from None
 
 
+class _Said(NamedTuple):
+    """What is said about blocks: their size, whether anything is said at all, and whether these scales are blocks'."""
+
+    block: tuple[int, int] | None
+    known: bool
+    blocked: bool
+
+
 @lru_cache(maxsize=1024)
-def _fitted(scales: tuple[int, ...], shape: tuple[int, ...], packed: bool, said: _Said) -> Layout:
+def _fitted(scales: tuple[int, ...], shape: tuple[int, ...], packed: bool, said: _Said, fused: bool) -> Layout:
     """The layout of one pair of shapes: a model has few, however many tensors."""
     grid, block = _grid(scales, shape), said.block
     rows, columns = shape[-2:]
@@ -218,13 +218,13 @@ def _fitted(scales: tuple[int, ...], shape: tuple[int, ...], packed: bool, said:
         return Layout(grid, rows, (rows, columns), packed)
     if grid == (rows, 1) and block != FP4_BLOCK:
         return Layout(grid, rows, (1, columns), packed)
-    if block is None and not said.anything:
+    if block is None and not said.known:
         return Layout(grid, rows, None, packed)
     block = block or (rows, columns)
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if grid == wanted:
         return Layout(grid, rows, block, packed)
-    if grid == (2, wanted[1]) and wanted[0] == 1 and said.fused and rows % 2 == 0:
+    if grid == (2, wanted[1]) and wanted[0] == 1 and fused and rows % 2 == 0:
         return Layout(grid, rows, (rows // 2, block[1]), packed)
     rule = f"{wanted[0]} x {wanted[1]} for {list(shape)} in blocks of {block[0]} x {block[1]}"
     raise FormatError(f"{list(scales)} does not fit its weight ({rule})")

@@ -78,7 +78,7 @@ def _layout(found: Flattened) -> tuple[str, str, Layout]:
         return "nvfp4", "U8", Layout(packing.E2M1, 2, block, swizzled)
     element = found.attributes.get("elem_dtype")
     name = element.get("_data") if isinstance(element, dict) else element
-    if name not in ELEMENTS:
+    if not isinstance(name, str) or name not in ELEMENTS:
         raise FormatError(f"has the element dtype `{name}` (one of {', '.join(ELEMENTS)})", tensor=found.name)
     variant, dtype, packed, table = ELEMENTS[name]
     return variant, dtype, Layout(table, packed, block, swizzled)
