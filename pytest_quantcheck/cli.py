@@ -142,8 +142,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    json.dump(document, sys.stdout, allow_nan=False)
-    print()
+    print(json.dumps(document, allow_nan=False))  # at once: `json.dump` goes through Python for every value
 
 
 def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
