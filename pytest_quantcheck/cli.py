@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = cli.main(arguments, prog_name="quantcheck", standalone_mode=False)
         sys.stdout.flush()
-    except (FormatError, ValueError, TypeError) as error:
+    except (FormatError, ValueError, TypeError, ImportError) as error:
         _fail(str(error))
     except click.UsageError as error:
         _fail(error.format_message() + (f" (see {error.ctx.command_path} --help)" if error.ctx else ""))
@@ -152,12 +152,11 @@ def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
 
 def _require_torch(device: str) -> None:
     """Fail in one line where values cannot be decoded at all."""
-    try:
-        import torch
-    except ImportError:
-        raise click.ClickException(
-            "compare decodes values and needs torch: pip install pytest-quantcheck[torch]"
-        ) from None
+    from pytest_quantcheck.asserts import require_torch
+
+    require_torch("compare decodes values")
+    import torch
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
