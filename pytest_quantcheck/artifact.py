@@ -145,8 +145,12 @@ class Artifact:
             if tensor.role in ("tied", "shadow"):
                 found["dead"] += tensor.nbytes
                 continue
-            for kind, size in tensor.bytes.items():
-                found[kind] += size
+            for part in tensor.parts:
+                if not part.between:  # most parts are of one class, and there are many
+                    found[part.kind] += part.stored.nbytes
+                    continue
+                for kind, size in part.bytes:
+                    found[kind] += size
         return found
 
     @cached_property

@@ -6,6 +6,7 @@ that makes no sense a `ValueError` or `TypeError`; only a check that was made an
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -102,6 +103,8 @@ def assert_checkpoint_intact(subject: Subject, *, values: bool = True, allow: Se
     `"orphan-file"`.
     """
     __tracebackhide__ = True
+    if values:
+        require_torch("assert_checkpoint_intact reads values (values=False does not)")
     try:
         artifact = inspect(subject)
     except FormatError as error:
@@ -128,12 +131,19 @@ def assert_dequant_fidelity(
     Comparing nothing, or nothing quantized, fails.
     """
     __tracebackhide__ = True
+    require_torch("assert_dequant_fidelity decodes values")
     from pytest_quantcheck.checks import fidelity
 
     limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error)
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
     _require(fidelity.check_fidelity(comparison))
     return comparison
+
+
+def require_torch(what: str) -> None:
+    """Raise an ImportError that says what to install, where torch is not."""
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError(f"{what} and needs torch: pip install pytest-quantcheck[torch]")
 
 
 def _require(verdict: Verdict) -> None:

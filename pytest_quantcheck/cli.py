@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = cli.main(arguments, prog_name="quantcheck", standalone_mode=False)
         sys.stdout.flush()
-    except (FormatError, ValueError, TypeError) as error:
+    except (FormatError, ValueError, TypeError, ImportError) as error:
         _fail(str(error))
     except click.UsageError as error:
         _fail(error.format_message() + (f" (see {error.ctx.command_path} --help)" if error.ctx else ""))
@@ -201,8 +201,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    json.dump(document, sys.stdout, allow_nan=False)
-    print()
+    print(json.dumps(document, allow_nan=False))  # at once: `json.dump` goes through Python for every value
 
 
 def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
@@ -212,12 +211,11 @@ def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:
 
 def _require_torch(device: str) -> None:
     """Fail in one line where values cannot be decoded at all."""
-    try:
-        import torch
-    except ImportError:
-        raise click.ClickException(
-            "compare decodes values and needs torch: pip install pytest-quantcheck[torch]"
-        ) from None
+    from pytest_quantcheck.asserts import require_torch
+
+    require_torch("compare decodes values")
+    import torch
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -133,3 +133,11 @@ def test_logical_numel_of_one_parameter():
     assert q.logical_numel(nn.Parameter(torch.zeros(3, 4))) == 12
     with pytest.raises(q.UnknownEncoding):
         q.logical_numel(nn.Parameter(torch.zeros(6, 1, dtype=torch.uint8), requires_grad=False))
+
+
+def test_without_torch_it_is_said_what_to_install(monkeypatch, mistral):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    q.assert_checkpoint_intact(mistral, values=False)
+    for check in (q.assert_checkpoint_intact, lambda path: q.assert_dequant_fidelity(path, path)):
+        with pytest.raises(ImportError, match=r"needs torch: pip install pytest-quantcheck\[torch\]"):
+            check(mistral)

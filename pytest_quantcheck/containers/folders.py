@@ -135,7 +135,7 @@ def _read_shards(folder: str, shards: list[str], weight_map: Mapping[str, str] |
         found = layout.read(files.open_beneath(folder, name), shown=shown)
         names = found.tensors.keys() | found.aliases.keys() if found.aliases else found.tensors.keys()
         _check_shard(name, names, seen, weight_map, shown)
-        seen |= names
+        seen.update(names)  # `|=` with a view would copy the set, shard after shard
         tensors |= found.tensors
         aliases |= found.aliases
         metadata |= found.metadata

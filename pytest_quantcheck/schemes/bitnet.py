@@ -129,7 +129,7 @@ def _unpack(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.
 
 
 def _load(tensor: LogicalTensor, first: int, last: int, device: str) -> torch.Tensor:
-    return tensor.stored.load(first * tensor.columns, last * tensor.columns, device).view(-1, tensor.columns)
+    return tensor.stored.load(first * tensor.columns, last * tensor.columns, device).view(last - first, tensor.columns)
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:

@@ -76,7 +76,7 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     import torch
 
     rows, columns = tensor.shape
-    if rows % TILE or columns % TILE:
+    if rows % TILE or columns % TILE or not columns:
         raise NotDecodable(
             f"{rows} x {columns} does not fill tiles of {TILE}: no GPU layout has it", tensor=tensor.name
         )

@@ -98,15 +98,16 @@ def _bits(prefix: str, codes: StoredTensor, live: Mapping[str, Any], namespace: 
         bits = live["bits"]
     else:
         default = namespace.quantization.get("num_bits", 4)
-        modules = namespace.quantization.get("module_quant_configs") or {}
+        modules = namespace.quantization.get("module_quant_configs")
+        modules = modules if isinstance(modules, Mapping) else {}
         try:
             own: Mapping[str, Any] = next(
                 (block for pattern, block in modules.items() if patterns.found_in(prefix, pattern)), {}
             )
         except FormatError as error:
             raise error.at(tensor=codes.name) from None
-        bits = own.get("num_bits", default)
-    if bits not in BITS or codes.dtype not in ({"I8"} if bits == 8 else {"I8", "U8"}):
+        bits = own.get("num_bits", default) if isinstance(own, Mapping) else default
+    if type(bits) is not int or bits not in BITS or codes.dtype not in ({"I8"} if bits == 8 else {"I8", "U8"}):
         raise FormatError(f"is {codes.dtype} with {bits} bits (I8 for 8, bytes for 2 and 4)", tensor=codes.name)
     return int(bits)
 
@@ -128,7 +129,7 @@ def _columns(name: str, codes: StoredTensor, bits: int, namespace: Namespace) ->
 
 
 def _check(codes: StoredTensor, scale: StoredTensor, bits: int, columns: int) -> None:
-    if len(codes.shape) != 2 or codes.shape[1] != -(-columns * bits // 8):
+    if len(codes.shape) != 2 or not columns or codes.shape[1] != -(-columns * bits // 8):
         rule = f"{bits} bits for {columns:,} columns"
         raise FormatError(f"{codes.dtype} {list(codes.shape)} is no table of codes ({rule})", tensor=codes.name)
     if len(scale.shape) != 2 or scale.shape[0] != codes.shape[0] or not scale.shape[1] or columns % scale.shape[1]:

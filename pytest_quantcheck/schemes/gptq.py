@@ -240,7 +240,7 @@ def _label(quantization: Mapping[str, Any], qweight: str) -> tuple[frozenset[int
     if str(quantization.get("quant_method")).endswith("auto-round"):
         return frozenset(), _label_of_auto_round(quantization, qweight)
     label = quantization.get("checkpoint_format", quantization.get("format"))
-    if label not in VERSIONS:
+    if (label is not None and not isinstance(label, str)) or label not in VERSIONS:
         known = ", ".join(f"`{name}`" for name in VERSIONS if name)
         raise FormatError(f"has the shapes of GPTQ, but checkpoint_format is `{label}` ({known})", tensor=qweight)
     return frozenset(PLANES) - (frozenset() if label == "gptq_p" else {3}), VERSIONS[label]

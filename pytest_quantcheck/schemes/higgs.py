@@ -71,14 +71,14 @@ def _sizes(tensor: LogicalTensor, namespace: Namespace) -> tuple[int, int, int]:
         raise FormatError(f"{weight.dtype} {list(weight.shape)} is no HIGGS weight ({rule})", tensor=weight.name)
     rows, groups = scales.shape
     bits = namespace.quantization.get("bits", tables.elements.bit_length() - 1)
-    if bits not in BITS or 16 * weight.shape[0] != rows * bits:
+    if type(bits) is not int or bits not in BITS or 16 * weight.shape[0] != rows * bits:
         rule = f"{bits} bits of {rows:,} rows"
         raise FormatError(f"has {weight.shape[0]:,} rows of 16-bit words, which is not {rule}", tensor=weight.name)
     if tables.shape != (2**bits,) or tables2.shape[:2] != (2**bits, 2**bits) or len(tables2.shape) != 3:
         shapes = f"{list(tables.shape)} and {list(tables2.shape)}"
         raise FormatError(f"has tables of {shapes} for {bits} bits", tensor=tables.name)
     group = namespace.quantization.get("group_size", weight.shape[1] // groups)
-    if weight.shape[1] != groups * group:
+    if type(group) is not int or weight.shape[1] != groups * group:
         raise FormatError(f"has {groups} groups of {group} for {weight.shape[1]:,} columns", tensor=scales.name)
     return rows, bits, group
 
@@ -90,6 +90,8 @@ def _columns(tensor: LogicalTensor, rows: int, namespace: Namespace) -> int:
         record = tensor.part(RECORD).read(limit=RECORD_LIMIT)
         return int(strict_json.parse_object(record, limit=RECORD_LIMIT)["columns"])
     block = namespace.quantization.get("hadamard_size", 512)
+    if type(block) is not int or block < 1:
+        raise FormatError(f"hadamard_size `{block}` is not a positive size", tensor=tensor.name)
     shape = architecture.fitting_shape(
         tensor.name, namespace.config, lambda n, k: n == rows and k <= padded < k + block and padded % block == 0
     )

@@ -51,6 +51,7 @@ SMALL_FLOATS = {
     layout.bits * layout.group: layout
     for layout in (Layout("nvfp4", 16, 4), Layout("mxfp4", 32, 4), Layout("mxfp8", 32, 8))
 }
+DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 FLOORS_DB = {"nvfp4": 19.0, "mxfp4": 17.0, "mxfp8": 29.5, 8: 39.0, 4: 16.5, 3: 7.0}
 
 
@@ -136,11 +137,10 @@ def _settings(namespace: Namespace) -> Mapping[str, Any]:
 
 def _announced(block: Mapping[str, Any]) -> Layout | None:
     """The layout that a block of the configuration names, gaps filled as `nn.quantize` fills them."""
-    if not block:
-        return None
     mode = block.get("mode", "affine")
-    group, bits = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}.get(mode, (None, None))
-    group, bits = block.get("group_size") or group, block.get("bits") or bits
+    if not block or not isinstance(mode, str) or mode not in DEFAULTS:
+        return None
+    group, bits = block.get("group_size") or DEFAULTS[mode][0], block.get("bits") or DEFAULTS[mode][1]
     return Layout(mode, group, bits) if type(group) is int and type(bits) is int else None
 
 
@@ -158,6 +158,8 @@ def _words(layout: Layout | None) -> str:
 
 def _check(tensor: LogicalTensor, layout: Layout) -> None:
     affine = layout.mode == "affine"
+    if not affine and tensor.part("scales").dtype != "U8":
+        raise FormatError(f"{tensor.part('scales').dtype} scales, {_words(layout)} has U8", tensor=tensor.name)
     if affine and (layout.bits not in BITS or layout.group not in GROUPS):
         raise FormatError(f"is {_words(layout)} (MLX has {BITS} bits, groups of {GROUPS})", tensor=tensor.name)
     if affine != tensor.has("biases"):

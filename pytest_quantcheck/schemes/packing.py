@@ -172,6 +172,7 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     """
     if not values.numel():
         return values
+    group = min(group, values.shape[1])
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
     if whole < scales.shape[1]:
@@ -394,6 +395,20 @@ def unblocked(tiles: torch.Tensor, columns: int) -> torch.Tensor:
     across = max(1, columns // 4)
     cut = tiles.view(len(tiles) // (512 * across), across, 32, 4, 4)  # (down, across, row % 32, row // 32, column)
     return cut.permute(0, 3, 2, 1, 4).reshape(-1, columns)
+
+
+def inverse(permutation: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
+    """Return where each place of a permutation went; what is no permutation is a `FormatError` that names `stored`.
+
+    permutation  # (n,) int64
+    ->           # (n,)
+    """
+    import torch
+
+    ordered, where = torch.sort(permutation)
+    if not torch.equal(ordered, torch.arange(len(permutation), device=permutation.device)):
+        raise FormatError(f"is no permutation of 0 to {len(permutation) - 1:,}", tensor=stored.name)
+    return where
 
 
 def halves(blocks: torch.Tensor, at: int) -> torch.Tensor:

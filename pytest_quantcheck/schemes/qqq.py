@@ -83,8 +83,8 @@ def _shape(parts: dict[str, StoredTensor]) -> tuple[int, int]:
             f"{codes.dtype} {list(codes.shape)} is not I32 [K/16, 2*N], N a multiple of 64", tensor=codes.name
         )
     outputs = codes.shape[1] // 2
-    if channel.dtype not in ("F32", "F16", "BF16") or channel.elements != outputs:
-        rule = f"one float for each of {outputs:,} outputs"
+    if channel.dtype not in ("F32", "F16", "BF16") or channel.shape != (1, outputs):
+        rule = f"one float for each of {outputs:,} outputs ([1, N])"
         raise FormatError(f"{channel.dtype} {list(channel.shape)} is not {rule}", tensor=channel.name)
     return outputs, 16 * codes.shape[0]
 

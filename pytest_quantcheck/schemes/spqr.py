@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import architecture
+from pytest_quantcheck.schemes import architecture, packing
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -133,7 +133,7 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if tensor.has("in_perm") and tensor.part("in_perm").elements:
         pairs = tensor.part("in_perm").load(device=device).to(torch.int64)
         perm = torch.stack((pairs & 0xFFFF, pairs >> 16 & 0xFFFF), dim=1).view(-1)
-        values = torch.empty_like(values).index_copy_(1, perm, values)
+        values = values[:, packing.inverse(perm, tensor.part("in_perm"))]
     return values[start - first * TILE : stop - first * TILE]
 
 
@@ -169,10 +169,16 @@ def _add_outliers(tensor: LogicalTensor, values: torch.Tensor, first: int, last:
     stop = min(last * height, tensor.part("row_offsets").elements - 1)
     offsets = tensor.part("row_offsets").load(first * height, stop + 1, device).to(torch.int64)
     low, high = int(offsets[0]), int(offsets[-1])
+    if low < 0 or high > tensor.part("col_vals").elements or bool((offsets.diff() < 0).any()):
+        raise FormatError(
+            f"does not count up to {tensor.part('col_vals').elements:,}", tensor=tensor.part("row_offsets").name
+        )
     pairs = tensor.part("col_vals").load(low, high, device).to(torch.int64)
     row = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=device), offsets.diff())
     if layout.interleaved:
         row = row * TILE + torch.arange(low, high, device=device) % TILE
+    if bool(((pairs & 0xFFFF) >= tensor.columns).any()):
+        raise FormatError(f"names columns beyond {tensor.columns:,}", tensor=tensor.part("col_vals").name)
     outliers = (pairs >> 16).to(torch.int16).view(torch.float16).to(torch.float32)
     values.index_put_((row, pairs & 0xFFFF), outliers, accumulate=True)
 

@@ -91,7 +91,7 @@ def _grid(found: Flattened, shape: tuple[int, ...]) -> tuple[int, ...]:
     else:
         blocks = found.sizes("block_size")
         grid = tuple(size // block if block else 0 for size, block in zip(shape, blocks, strict=False))
-    whole = len(grid) == len(shape) and all(
+    whole = len(grid) == len(blocks) == len(shape) and all(
         number * block == size for size, number, block in zip(shape, grid, blocks, strict=True)
     )
     if not whole:

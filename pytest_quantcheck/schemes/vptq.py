@@ -116,9 +116,10 @@ def _settings(prefix: str, record: StoredTensor | None, namespace: Namespace) ->
     """The block of one module; blocks that modules share go by the last component of their names."""
     if record is not None:
         return strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT)
-    own = namespace.quantization.get("config_for_layers", {}).get(prefix)
-    shared = namespace.quantization.get("shared_layer_config", {}).get(prefix.rpartition(".")[2])
-    settings = own or shared
+    own, shared = (namespace.quantization.get(key) for key in ("config_for_layers", "shared_layer_config"))
+    settings = own.get(prefix) if isinstance(own, Mapping) else None
+    if settings is None and isinstance(shared, Mapping):
+        settings = shared.get(prefix.rpartition(".")[2])
     if not isinstance(settings, Mapping):
         where = "`config_for_layers` or `shared_layer_config`"
         raise UnknownEncoding(f"has no block in {where}: nothing says how long its vectors are", tensor=prefix)
@@ -241,7 +242,8 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     values = torch.cat(groups, dim=1)
     if tensor.has("perm"):
         perm = tensor.part("perm").load(device=device).to(torch.int64)
-        values = values[:, torch.argsort(perm & 0xFFFF if tensor.part("perm").dtype == "I16" else perm)]
+        perm = perm & 0xFFFF if tensor.part("perm").dtype == "I16" else perm
+        values = values[:, packing.inverse(perm, tensor.part("perm"))]
     if tensor.has("weight_scale"):
         values = values * tensor.part("weight_scale").load(device=device).float()
         values += tensor.part("weight_bias").load(device=device).float()
@@ -294,6 +296,10 @@ def _vectors(stored: StoredTensor, book: Book, group: int, codes: torch.Tensor, 
     codes  # (vectors, columns)
     ->     # (vectors * v, columns)
     """
+    if codes.numel() and int(codes.max()) >= book.entries:
+        raise FormatError(
+            f"has {book.entries:,} entries, its indices name entry {int(codes.max()):,}", tensor=stored.name
+        )
     size = book.entries * book.vector
     table = stored.load(group * size, (group + 1) * size, device).float().view(book.entries, book.vector)
     values = packing.look_up(codes.reshape(-1), table).view(*codes.shape, book.vector)
