@@ -77,8 +77,8 @@ REASONS = [
      "scales", 1_300, 0),
     ("code tables", layer(0), {}, {}, "codebooks", 64, 0),
     ("a tied head stored twice", [embedding(), embedding("lm_head.weight")], {"tie_word_embeddings": True}, {},
-     "copies", BF16, BF16),
-    ("a copy that no config admits", [embedding(), embedding("lm_head.weight")], {}, {}, "copies", BF16, BF16),
+     "tied_head", BF16, BF16),
+    ("a copy that no config admits", [embedding(), embedding("lm_head.weight")], {}, {}, "tied_head", BF16, BF16),
     ("a head of its own is no copy", [embedding(), embedding("lm_head.weight", 1)], {}, {}, "head", BF16, 0),
     ("rope tables", [embedding(), plain("rotary_emb.inv_freq", "F32", (64,))], {}, {}, "rope_tables", 256, 256),
     ("masks", [embedding(), plain("attn.causal_mask", "BF16", (64, 64))], {}, {}, "masks", 8_192, 8_192),
@@ -191,7 +191,7 @@ def test_the_puzzle_is_answered_in_the_first_lines(scale, codes, embedding, caps
     assert explanation.code_bytes / explanation.file_bytes == pytest.approx(codes, abs=1e-3)
     reasons = {reason.kind: reason for reason in explanation.reasons}
     assert reasons["embedding"].share == pytest.approx(embedding, abs=1e-3)
-    assert reasons["copies"].could_save == 28_311_552 // 2 + 28_311_552 // 32 * (4 if scale == "F32" else 2)
+    assert reasons["tied_head"].could_save == 28_311_552 // 2 + 28_311_552 // 32 * (4 if scale == "F32" else 2)
     assert sum(reason.bytes for reason in explanation.reasons) == explanation.file_bytes
     sizes.print_explanation(explanation, tree(artifact, 0))
     first = capsys.readouterr().out.splitlines()[:10]

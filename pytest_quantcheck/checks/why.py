@@ -38,6 +38,7 @@ Kind = Literal[
     "rope_tables",
     "masks",
     "buffers",
+    "tied_head",
     "copies",
     "shadows",
     "alignment",
@@ -192,7 +193,8 @@ def _of_tensor(tensor: LogicalTensor, base: _Base | None, first: str | None) -> 
     """The bytes of one tensor by reason; `first` is the tensor whose bytes it repeats."""
     size = tensor.nbytes
     if first is not None or tensor.role == "tied":
-        yield _Share("copies", size, tensor.name, _dtype(tensor), (Saving(size, "stored once"),))
+        kind: Kind = "tied_head" if _is_head(tensor.name) else "copies"
+        yield _Share(kind, size, tensor.name, _dtype(tensor), (Saving(size, "stored once"),))
     elif tensor.role == "shadow":
         yield _Share("shadows", size, tensor.name, _dtype(tensor), (Saving(size, "left out: the model reads another"),))
     elif tensor.role == "buffer":
@@ -214,9 +216,13 @@ def _plain_kind(tensor: LogicalTensor) -> Kind:
         return "adapters"
     if len(tensor.shape) < 2:
         return "vectors"
-    if tensor.name.endswith(HEADS) or _HEAD.search(tensor.name):
+    if _is_head(tensor.name):
         return "head"
     return "embedding" if tensor.name.endswith(EMBEDDINGS) or _EMBEDDING.search(tensor.name) else "matrices"
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(HEADS) or _HEAD.search(name) is not None
 
 
 def _plain_savings(tensor: LogicalTensor, base: _Base | None) -> Iterator[Saving]:

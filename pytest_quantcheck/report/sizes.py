@@ -31,6 +31,7 @@ WHAT: dict[Kind, str] = {
     "rope_tables": "rope tables",
     "masks": "masks and position ids",
     "buffers": "other buffers",
+    "tied_head": "duplicated tied head",
     "copies": "copies of other tensors",
     "shadows": "full copies of packed weights",
     "alignment": "alignment",
