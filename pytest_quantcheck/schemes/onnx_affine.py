@@ -43,7 +43,7 @@ OPERATORS = (
 SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
 WHOLE = ("INT8", "UINT8", "INT16", "UINT16", "INT32", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
 SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
-FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0, "FLOAT8E4M3FN": 26.0, "FLOAT8E5M2": 24.0}
+FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0}  # a scale for each channel
 
 
 class Axis(NamedTuple):
@@ -92,7 +92,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         axis.block,
-        floor_db=FLOORS_DB.get(kind),
+        floor_db=FLOORS_DB.get(kind) if prod(layout.grid) > 1 else None,
     )
 
 

@@ -58,6 +58,7 @@ class Node(NamedTuple):
 
     def type_of(self, part: str) -> str:
         """Return the type of a part as it is in the graph."""
+        self.part(part)
         return str(self.described[part]["type"])
 
     def parts(self, padding: int = 0) -> tuple[Part, ...]:

@@ -112,6 +112,134 @@ def nbits_node(
     return make
 
 
+def _codes(kind: str, shape: tuple[int, ...], *, raw: bool = True, name: str = "w"):
+    """A tensor of random codes of a type, in raw_data or in the typed field."""
+    onnx = _onnx()
+    random = np.random.default_rng(len(kind) + sum(shape))
+    if kind.startswith("FLOAT"):
+        values = random.standard_normal(shape).astype(np.float32) * 3
+    else:
+        bits = min(int(kind.strip("UINT")), 20)
+        low = 0 if kind.startswith("U") else -(1 << (bits - 1))
+        values = random.integers(low, low + (1 << bits), shape)
+    number = onnx.TensorProto.DataType.Value(kind)
+    values = values.astype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    if raw:
+        return onnx.numpy_helper.from_array(values, name)
+    return onnx.helper.make_tensor(name, number, shape, values.flatten())
+
+
+def _scales(shape: tuple[int, ...], dtype: str = "float32"):
+    values = np.random.default_rng(9).random(shape) + 0.25
+    return _onnx().numpy_helper.from_array(np.asarray(values, dtype=dtype), "s")
+
+
+def dequantize(kind, shape, scales=(), *, zeros=False, raw=True, opset=21, half=False, **attributes):
+    """A DequantizeLinear of a constant; onnxruntime computes it."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        tensors = [_codes(kind, shape, raw=raw), _scales(scales, "float16" if half else "float32")]
+        if zeros:
+            tensors.append(_codes(kind, scales, raw=raw, name="z"))
+        node = onnx.helper.make_node("DequantizeLinear", [tensor.name for tensor in tensors], ["y"], **attributes)
+        model = model_of([node], tensors, [], [("y", 10 if half else 1, shape)], opset)
+        return Made(run(model, {}), write=_write(model), tolerance=2e-3 if half else 1e-6)
+
+    return make
+
+
+def gathered(kind: str, shape, scales, *, zeros=None, **attributes):
+    """All rows of a table that GatherBlockQuantized looks up."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        tensors = [_codes(kind, shape), _scales(scales)]
+        if zeros:
+            tensors.append(_codes(kind, zeros, name="z"))
+        names = ["w", "rows", *(tensor.name for tensor in tensors[1:])]
+        rows = onnx.numpy_helper.from_array(np.arange(shape[0]), "rows")
+        node = onnx.helper.make_node("GatherBlockQuantized", names, ["y"], domain="com.microsoft", **attributes)
+        model = model_of([node], [*tensors, rows], [], [("y", 1, None)])
+        return Made(run(model, {}), write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def product(
+    operator: str, inputs: list[str], *, scales=(), kind: str = "INT8", domain: str = "com.microsoft", **attributes
+):
+    """The product of the identity and an encoded [in, out], which is the weight; `b` and its parts are constants."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        n = 12
+        shape = (9, n) if attributes.get("transB") else (n, 9)
+        tensors = [_codes("INT8", shape), _scales(scales), _codes("INT8", scales, name="z")]
+        integer = onnx.TensorProto.UINT8
+        others = {"one": np.float32(1), "zero": np.uint8(0)}
+        tensors += [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in others.items()]
+        floats = "a" in inputs
+        nodes = [onnx.helper.make_node(operator, inputs, ["y"], "node", domain=domain, **attributes)]
+        if operator == "MatMulInteger":
+            nodes[0].output[0] = "int"
+            nodes.append(onnx.helper.make_node("Cast", ["int"], ["cast"], to=1))
+            nodes.append(onnx.helper.make_node("Mul", ["step", "s"], ["scale"]))
+            nodes.append(onnx.helper.make_node("Mul", ["cast", "scale"], ["y"]))
+        name, dtype = ("a", np.float32) if floats else ("q", np.uint8)
+        feeds = {name: np.eye(n, dtype=dtype)}
+        given = [(name, 1 if floats else integer, [n, n])]
+        if operator == "MatMulInteger":  # the scale of what is multiplied is computed
+            feeds["step"] = np.array(1, dtype=np.float32)
+            given.append(("step", 1, []))
+        model = model_of(nodes, tensors, given, [("y", 1, [n, 9])])
+        values = run(model, feeds)
+        return Made(values.T if attributes.get("transB") else values, write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def bnb4(quant_type: int, rows: int, columns: int, block: int, transposed: int = 1):
+    """Random codes; onnxruntime's product with the identity is the weight."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        random, values = np.random.default_rng(rows), rows * columns
+        arrays = {
+            "w": random.integers(0, 256, -(-values // 2), dtype=np.uint8),
+            "absmax": random.random(-(-values // block)).astype(np.float32),
+        }
+        tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+        sizes = {"K": columns, "N": rows, "block_size": block, "quant_type": quant_type, "transB": transposed}
+        node = onnx.helper.make_node("MatMulBnb4", ["x", "w", "absmax"], ["y"], NODE, domain="com.microsoft", **sizes)
+        model = model_of([node], tensors, [("x", 1, ["n", columns])], [("y", 1, ["n", rows])])
+        values = run(model, {"x": np.eye(columns, dtype=np.float32)}).T
+        return Made(values, write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def convolution() -> Made:
+    """QLinearConv worked by hand: a scale for each output channel, a bias in steps of both scales."""
+    onnx = _onnx()
+    weight = onnx.helper.make_tensor(
+        "w", onnx.TensorProto.INT8, (2, 1, 1, 3), bytes([1, 2, 3, 255, 254, 128]), raw=True
+    )
+    arrays = {
+        "x_scale": np.float32(0.5), "x_zero": np.uint8(3), "s": np.float32([2, 4]), "z": np.int8([0, 1]),
+        "y_scale": np.float32(1), "y_zero": np.uint8(0), "bias": np.int32([7, -3]),
+    }  # fmt: skip
+    tensors = [weight, *(onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items())]
+    inputs = ["x", "x_scale", "x_zero", "w", "s", "z", "y_scale", "y_zero", "bias"]
+    node = onnx.helper.make_node("QLinearConv", inputs, ["y"])
+    model = model_of([node], tensors, [("x", 2, [1, 1, 1, 3])], [("y", 2, None)])
+    return Made(torch.tensor([[2.0, 4, 6], [-8, -12, -516]]), write=_write(model))
+
+
+def convolution_bias() -> Made:
+    return Made(torch.tensor([7 * 0.5 * 2, -3 * 0.5 * 4]), write=convolution().write)
+
+
 CASES = [
     Case("onnx-matmulnbits-4", matmul_nbits(4, 32, 96), "onnx-matmulnbits-4", (7, 96), NAME,
          bytes={"codes": 7 * 48, "scales": 7 * 3 * 4}),
@@ -130,4 +258,53 @@ CASES = [
     Case("onnx-matmulnbits-8-default-zero", nbits_node(8, 32, 70), "onnx-matmulnbits-8", (5, 70), NAME),
     Case("onnx-matmulnbits-4-half-scales", nbits_node(4, 32, 96, scales="float16"), "onnx-matmulnbits-4", (5, 96),
          NAME, bytes={"codes": 5 * 48, "scales": 5 * 3 * 2}),
+    Case("onnx-dequantize-int8", dequantize("INT8", (7, 33)), "onnx-int8", (7, 33), "w",
+         bytes={"codes": 231, "scales": 4}),
+    Case("onnx-dequantize-uint8-axis-1-is-the-default", dequantize("UINT8", (7, 33), (33,), zeros=True), "onnx-uint8",
+         (7, 33), "w", bytes={"codes": 231, "scales": 132, "zero_points": 33}),
+    Case("onnx-dequantize-int8-axis-0", dequantize("INT8", (3, 5, 7), (3,), zeros=True, axis=0), "onnx-int8", (3, 5, 7),
+         "w"),
+    Case("onnx-dequantize-int8-axis-1-of-3", dequantize("INT8", (3, 5, 7), (5,), axis=-2), "onnx-int8", (3, 5, 7), "w"),
+    Case("onnx-dequantize-int4-blocks-of-rows", dequantize("INT4", (70, 9), (3, 9), zeros=True, axis=0, block_size=32),
+         "onnx-int4", (70, 9), "w", bytes={"codes": 315, "scales": 108, "zero_points": 14}),
+    Case("onnx-dequantize-uint4-blocks-of-columns", dequantize("UINT4", (5, 70), (5, 3), zeros=True, block_size=32),
+         "onnx-uint4", (5, 70), "w"),
+    Case("onnx-dequantize-int4-odd", dequantize("INT4", (3, 5)), "onnx-int4", (3, 5), "w", bytes={"codes": 8}),
+    Case("onnx-dequantize-blocks-of-3", dequantize("INT8", (2, 6, 5), (2, 2, 5), axis=1, block_size=3), "onnx-int8",
+         (2, 6, 5), "w"),
+    Case("onnx-dequantize-int2", dequantize("INT2", (3, 7), (7,), zeros=True, opset=25), "onnx-int2", (3, 7), "w",
+         bytes={"codes": 6, "zero_points": 2}),
+    Case("onnx-dequantize-uint2", dequantize("UINT2", (3, 7), opset=25), "onnx-uint2", (3, 7), "w"),
+    Case("onnx-dequantize-int16", dequantize("INT16", (3, 7)), "onnx-int16", (3, 7), "w"),
+    Case("onnx-dequantize-uint16", dequantize("UINT16", (3, 7), zeros=True), "onnx-uint16", (3, 7), "w"),
+    Case("onnx-dequantize-int32", dequantize("INT32", (7,), (7,), axis=0), "onnx-int32", (7,), "w"),
+    Case("onnx-dequantize-half-scales", dequantize("INT8", (7, 9), (9,), half=True), "onnx-int8", (7, 9), "w"),
+    *(Case(f"onnx-dequantize-{kind.lower()}", dequantize(kind, (7, 9), (9,)), f"onnx-{kind.lower()}", (7, 9), "w")
+      for kind in ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")),
+    *(Case(f"onnx-typed-{kind.lower()}", dequantize(kind, (7, 9), zeros=zeros, raw=False), f"onnx-{kind.lower()}",
+           (7, 9), "w") for kind, zeros in (("INT8", True), ("UINT8", True), ("INT4", True), ("FLOAT8E5M2", False))),
+    Case("onnx-gather-int4", gathered("INT4", (7, 96), (7, 3), block_size=32), "onnx-int4", (7, 96), "w"),
+    Case("onnx-gather-uint4-zeros", gathered("UINT4", (7, 96), (7, 3), zeros=(7, 3), block_size=32), "onnx-uint4",
+         (7, 96), "w"),
+    Case("onnx-gather-uint8-default-zero", gathered("UINT8", (7, 48), (7, 3), block_size=32), "onnx-uint4", (7, 96),
+         "w"),
+    Case("onnx-gather-uint8-padded-zeros", gathered("UINT8", (7, 48), (7, 3), zeros=(7, 2), block_size=32),
+         "onnx-uint4", (7, 96), "w"),
+    Case("onnx-gather-uint8-8-bits", gathered("UINT8", (7, 96), (7, 3), block_size=32, bits=8), "onnx-uint8", (7, 96),
+         "w"),
+    Case("onnx-integer-to-float", product("MatMulIntegerToFloat", ["q", "w", "one", "s", "zero", "z"], scales=(9,)),
+         "onnx-int8", (12, 9), "w"),
+    Case("onnx-dynamic-quantize", product("DynamicQuantizeMatMul", ["a", "w", "s", "z"], scales=()), "onnx-int8",
+         (12, 9), "w"),
+    Case("onnx-matmul-integer", product("MatMulInteger", ["q", "w", "zero", "z"], domain=""), "onnx-int8", (12, 9),
+         "w"),
+    Case("onnx-qgemm", product("QGemm", ["q", "one", "zero", "w", "s", "z"], scales=(9,)), "onnx-int8", (12, 9), "w"),
+    Case("onnx-qgemm-transposed", product("QGemm", ["q", "one", "zero", "w", "s", "z"], scales=(9,), transB=1),
+         "onnx-int8", (9, 12), "w"),
+    Case("onnx-bnb-nf4", bnb4(1, 9, 40, 64), "onnx-bnb-nf4", (9, 40), "w", bytes={"codes": 180, "scales": 24}),
+    Case("onnx-bnb-nf4-odd", bnb4(1, 5, 33, 16), "onnx-bnb-nf4", (5, 33), "w", bytes={"codes": 83, "scales": 44}),
+    Case("onnx-bnb-fp4", bnb4(0, 9, 40, 32), "onnx-bnb-fp4", (9, 40), "w"),
+    Case("onnx-convolution", convolution, "onnx-int8", (2, 1, 1, 3), "w", total=8,
+         bytes={"codes": 6, "scales": 8, "zero_points": 2}),
+    Case("onnx-convolution-bias", convolution_bias, "onnx-int32", (2,), "bias", total=8),
 ]  # fmt: skip
