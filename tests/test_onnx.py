@@ -348,7 +348,7 @@ def test_graphs_nested_too_deep_are_refused(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_a_changed_byte_gives_an_error_or_adds_up(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "m.onnx"
     raw = bytearray(small().SerializeToString())

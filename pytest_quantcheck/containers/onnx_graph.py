@@ -172,7 +172,7 @@ def _read_constant(node: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
     """A list or number in the attribute itself stands in the graph's own bytes: only tensors are values of the file."""
     for attribute in node.attribute:
         if attribute.name == "value" and attribute.HasField("t"):
-            name = node.output[0]
+            name = node.output[0] if node.output else ""
             _add(data.constant(attribute.t, scope.prefix + name), name, scope, graphs)
         elif not attribute.name.startswith(("value_float", "value_int", "value_string")):
             what = f"is a Constant with `{attribute.name}`, which is not read"
@@ -186,8 +186,8 @@ def _encoded(node: Any, scope: Scope) -> Iterator[Encoded]:
     for slot in OPERATORS.get(node.op_type, ()):
         through = None
         weight = _input(node, slot.weight, scope)
-        if weight is None and node.op_type == "DequantizeLinear":
-            through, weight = _gathered(node, scope)
+        if weight is None and node.op_type in ("DequantizeLinear", *WITHOUT_SCALE):
+            through, weight = _gathered(node, slot.weight, scope)
         if weight is None:
             continue
         parts = {}
@@ -207,26 +207,36 @@ def _input(node: Any, index: int, scope: Scope) -> Constant | None:
     return scope.constant(name) if name else None
 
 
-def _gathered(node: Any, scope: Scope) -> tuple[str | None, Constant | None]:
+def _gathered(node: Any, index: int, scope: Scope) -> tuple[str | None, Constant | None]:
     """Rows of a table are looked up first and decoded then."""
-    producer = scope.producers.get(node.input[0]) if node.input else None
+    producer = scope.producers.get(node.input[index]) if index < len(node.input) else None
     if producer is None or producer.op_type != "Gather":
         return None, None
     return "Gather", _input(producer, 0, scope)
 
 
 def _scale_behind(node: Any, scope: Scope, weight: Constant) -> dict[str, Constant]:
-    """The scale of an integer product: `Mul(Cast(product), Mul(scale of a, scale of b))`."""
-    cast = next((user for user in scope.consumers.get(node.output[0], ()) if user.op_type == "Cast"), None)
-    users = scope.consumers.get(cast.output[0], ()) if cast is not None else ()
+    """The scale of an integer product: `Mul(Cast(product), Mul(scale of a, scale of b))`.
+
+    Where both are constants the quantizer's naming tells them apart: `<name>_quantized` has `<name>_scale`.
+    """
+    cast = next((user for user in _users(node, scope) if user.op_type == "Cast"), None)
+    users = _users(cast, scope) if cast is not None else []
+    own = weight.name.removesuffix("_quantized") + "_scale"
     for scaled in (user for user in users if user.op_type == "Mul"):
         for name in scaled.input:
             producer = scope.producers.get(name)
             names = producer.input if producer is not None and producer.op_type == "Mul" else [name]
             scales = [scale for one in names if (scale := scope.constant(one)) is not None]
+            if len(scales) > 1:
+                scales = [scale for scale in scales if scale.name == own]
             if len(scales) == 1:
                 return {"scales": scales[0]}
     raise UnknownEncoding(f"{_shown(node)} is not followed by a Cast and a Mul with its scale", tensor=weight.name)
+
+
+def _users(node: Any, scope: Scope) -> list[Any]:
+    return scope.consumers.get(node.output[0], []) if node.output else []
 
 
 def _shown(node: Any) -> str:

@@ -31,8 +31,11 @@ MESSAGES = {
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {},
+    "tensor": {13: "entry"},
+    "entry": {},
 }
+# Names, which have to be UTF-8: the parser of the package lets others through as bytes.
+NAMES = {"node": (1, 2, 3, 4, 7), "attribute": (1,), "tensor": (8,), "function": (1, 10), "entry": (1, 2)}
 ONCE = {("model", 7), ("attribute", 5), ("attribute", 6), ("attribute", 22), ("sparse", 1), ("sparse", 2)}
 VALUES = {4: "float_data", 5: "int32_data", 7: "int64_data", 9: "raw_data", 10: "double_data", 11: "uint64_data"}
 RAW = 9
@@ -117,10 +120,19 @@ def _content(reader: _Reader, kind: str, field: Field, depth: int) -> bytes:
         return _prefixed(RAW, PLACE.pack(field.number, field.start, field.stop))
     below = MESSAGES[kind].get(field.number)
     if below is None:
+        if field.number in NAMES.get(kind, ()):
+            _check_name(reader.read(field.start, field.stop), field)
         return reader.read(field.begin, field.stop)
     if field.wire != 2:
         raise FormatError(f"field {field.number} of {kind} at byte {field.begin:,} is no message")
     return _prefixed(field.number, _message(reader, below, field.start, field.stop, depth + 1))
+
+
+def _check_name(raw: bytes, field: Field) -> None:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"the name at byte {field.start:,} is not UTF-8") from None
 
 
 def _prefixed(number: int, content: bytes) -> bytes:
