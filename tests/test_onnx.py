@@ -187,6 +187,17 @@ def test_dynamic_quantization_by_onnxruntime(tmp_path):
     assert sum(artifact.bytes.values()) == artifact.file_bytes
 
 
+@pytest.mark.parametrize(("block", "size"), [(32, 360), (64, 324), (128, 340)])
+def test_blocks_that_576_columns_do_not_fill_are_padded(block, size, tmp_path):
+    """5 blocks of 128 are 640 columns: more bytes than 9 blocks of 64."""
+    count = -(-576 // block)
+    initializers = [tensor("w", np.zeros((1, count, block // 2)), "uint8"), tensor("s", np.ones((1, count)))]
+    model = of_nodes(nbits(["x", "w", "s"], "y", rows=1, columns=576, block_size=block), initializers=initializers)
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    assert (weight.nbytes, weight.params) == (size, 576)
+    assert weight.bytes.get("padding", 0) == size - 288 - 4 * count
+
+
 NAMES = [
     ("model.layers.0.up.weight", "MatMul", "/x/MatMul", "model.layers.0.up.weight"),
     ("model.layers.0.up.weight_Q4", "MatMul", "", "model.layers.0.up.weight"),

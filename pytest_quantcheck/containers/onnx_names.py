@@ -17,7 +17,7 @@ from pytest_quantcheck.tensor import Origin
 
 QUANTIZER = re.compile(r"(_quantized|_DQ_Q\d+|_Q\d+(G\d+)?|_Bnb4|_(FP|NF)4)$")
 OPAQUE = re.compile(r"onnx::.*|.*/.*|(val_|t_?|_)?\d+|.*_output_\d+", re.DOTALL)
-NODE = re.compile(r"/(.+)/(MatMul|Gemm|Conv|Gather)(_\d+)?(_Q\d+|_Bnb4|_quant\w*|Integer)*")
+NODE = re.compile(r"/(.+)/(MatMul|Gemm|Conv|Gather)(_\d+)?((_matmul)?_Q\d+|_Bnb4|_quant\w*|Integer)*")
 
 MATRICES = {"MatMul": 1, "QLinearMatMul": 3, "MatMulInteger": 1, "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 1}
 GEMMS = {"Gemm": 1, "QGemm": 3}

@@ -199,6 +199,45 @@ def product(
     return make
 
 
+def as_qdq() -> Made:
+    """onnxruntime's quantizer writing DequantizeLinear in blocks of rows instead of MatMulNBits."""
+    onnx = _onnx()
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+
+    made = quantizer.MatMulNBitsQuantizer(_float(7, 96), block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ)
+    made.process()
+    model = made.model.model
+    for opset in model.opset_import:
+        opset.version = max(opset.version, 21) if opset.domain in ("", "ai.onnx") else opset.version
+    onnx.checker.check_model(model)
+    return Made(run(model, {"x": np.eye(96, dtype=np.float32)}), write=_write(model), tolerance=1e-6)
+
+
+def small_floats() -> Made:
+    """Two to the byte, the first in the low bits; onnxruntime does not run them."""
+    onnx = _onnx()
+    weight = onnx.helper.make_tensor("w", 23, (2, 3), bytes([0x21, 0xF3, 0x79]), raw=True)
+    tensors = [weight, onnx.numpy_helper.from_array(np.float32([2, 4, 10]), "s")]
+    node = onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["y"])
+    model = model_of([node], tensors, [], [("y", 1, (2, 3))], 23)
+    return Made(torch.tensor([[1.0, 4, 15], [-12, -2, 60]]), write=_write(model))
+
+
+def embedding_by_onnxruntime() -> Made:
+    onnx = _onnx()
+    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+
+    table = np.random.default_rng(3).standard_normal((11, 96)).astype(np.float32)
+    node = onnx.helper.make_node("Gather", ["model.embed_tokens.weight", "rows"], ["y"], "/model/embed_tokens/Gather")
+    tensors = [onnx.numpy_helper.from_array(table, "model.embed_tokens.weight")]
+    model = model_of([node], tensors, [("rows", 7, ["n"])], [("y", 1, ["n", 96])])
+    made = quantizer.MatMulNBitsQuantizer(model, block_size=32, is_symmetric=True, op_types_to_quantize=("Gather",))
+    made.process()
+    values = run(made.model.model, {"rows": np.arange(11)})
+    return Made(values, write=_write(made.model.model), tolerance=1e-6)
+
+
 def bnb4(quant_type: int, rows: int, columns: int, block: int, transposed: int = 1):
     """Random codes; onnxruntime's product with the identity is the weight."""
 
@@ -301,6 +340,9 @@ CASES = [
     Case("onnx-qgemm", product("QGemm", ["q", "one", "zero", "w", "s", "z"], scales=(9,)), "onnx-int8", (12, 9), "w"),
     Case("onnx-qgemm-transposed", product("QGemm", ["q", "one", "zero", "w", "s", "z"], scales=(9,), transB=1),
          "onnx-int8", (9, 12), "w"),
+    Case("onnx-matmul-as-qdq", as_qdq, "onnx-int4", (96, 7), NAME, bytes={"codes": 336, "scales": 84}),
+    Case("onnx-float4-by-hand", small_floats, "onnx-float4e2m1", (2, 3), "w", bytes={"codes": 3, "scales": 12}),
+    Case("onnx-gather-by-onnxruntime", embedding_by_onnxruntime, "onnx-int4", (11, 96), "model.embed_tokens.weight"),
     Case("onnx-bnb-nf4", bnb4(1, 9, 40, 64), "onnx-bnb-nf4", (9, 40), "w", bytes={"codes": 180, "scales": 24}),
     Case("onnx-bnb-nf4-odd", bnb4(1, 5, 33, 16), "onnx-bnb-nf4", (5, 33), "w", bytes={"codes": 83, "scales": 44}),
     Case("onnx-bnb-fp4", bnb4(0, 9, 40, 32), "onnx-bnb-fp4", (9, 40), "w"),
