@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pytest_quantcheck import inspect
 from pytest_quantcheck.containers import onnx_names, onnx_wire
 from pytest_quantcheck.containers.files import open_file
-from pytest_quantcheck.errors import FormatError, UnknownEncoding
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 
 onnx = pytest.importorskip("onnx", reason="the onnx package makes and parses these models")
 np = pytest.importorskip("numpy")
@@ -198,6 +198,23 @@ def test_blocks_that_576_columns_do_not_fill_are_padded(block, size, tmp_path):
     assert weight.bytes.get("padding", 0) == size - 288 - 4 * count
 
 
+def test_what_a_kernel_has_reordered_is_counted_and_not_decoded(tmp_path):
+    model = of_nodes(nbits(["x", "w", "w_s"], "y", weight_prepacked=1), initializers=packed())
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    assert (weight.params, weight.bytes) == (128, {"codes": 64, "scales": 16})
+    with pytest.raises(NotDecodable, match="w: onnx-matmulnbits-4"):
+        weight.decode()
+
+
+def test_scattered_groups_are_counted_and_not_decoded(tmp_path):
+    order = tensor("order", np.zeros(32), "int32")
+    model = of_nodes(nbits(["x", "w", "w_s", "", "order"], "y"), initializers=[*packed(), order])
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    assert (weight.params, weight.bytes) == (128, {"codes": 64, "scales": 16, "index": 128})
+    with pytest.raises(NotDecodable):
+        weight.decode()
+
+
 NAMES = [
     ("model.layers.0.up.weight", "MatMul", "/x/MatMul", "model.layers.0.up.weight"),
     ("model.layers.0.up.weight_Q4", "MatMul", "", "model.layers.0.up.weight"),
@@ -278,6 +295,11 @@ def expert(operator: str = "QMoE"):
     return of_nodes(node(operator, ["x", "x", "w", "x"], "y", "experts", **MICROSOFT), initializers=[weight])
 
 
+def foreign():
+    weight = tensor("w", np.zeros((4, 4)), "int32")
+    return of_nodes(node("QLinear", ["x", "w"], "y", "q", domain="mine"), initializers=[weight])
+
+
 REFUSED = [
     ("up-and-out", outside("../secret"), "only files beneath the folder"),
     ("absolute", outside("/etc/passwd"), "only files beneath the folder"),
@@ -311,6 +333,7 @@ REFUSED = [
     ("axis-out-of-range", dequantized(scale=(4,), axis=2), "dimension 2 of [4, 6]"),
     ("blocks-that-do-not-fit", dequantized(scale=(4, 2), block_size=2), "is not [4, 3]"),
     ("unknown-operator", expert(), "feeds QMoE (node `experts`)"),
+    ("words-for-a-foreign-operator", foreign(), "feeds QLinear (node `q`): may hold packed codes"),
     ("integers-for-nobody", of_nodes(initializers=[tensor("w", [1, 2], "int8")]), "feeds no node"),
 ]  # fmt: skip
 

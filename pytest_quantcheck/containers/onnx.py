@@ -166,6 +166,12 @@ def _role(constant: Constant, uses: list[Use]) -> Role:
     stored, last = constant.stored, constant.name.rpartition(".")[2]
     assert stored is not None
     assert constant.type is not None
+    foreign = next((use for use in uses if use.node.domain not in onnx_graph.DOMAINS), None)
+    if foreign is not None and len(constant.shape) > 1 and stored.dtype in ("I32", "U32", "I64", "U64"):
+        what = (
+            f"{constant.type.name} {list(constant.shape)} feeds {onnx_graph.shown(foreign.node)}: may hold packed codes"
+        )
+        raise UnknownEncoding(what, tensor=stored.name)
     if not constant.shape or stored.dtype in INDEXES or last in ANGLES or stored.elements == 0:
         return "buffer"
     if uses and all(_is_buffer(use, stored) for use in uses):
