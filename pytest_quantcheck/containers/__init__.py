@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from pytest_quantcheck.containers import gguf, safetensors, tflite, torch_zip
+from pytest_quantcheck.containers import gguf, onnx, safetensors, tflite, torch_zip
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container
 
@@ -14,6 +14,7 @@ CONTAINERS: tuple[ModuleType, ...] = (
     safetensors,
     gguf,
     torch_zip,
+    onnx,
     tflite,
 )
 
@@ -42,5 +43,7 @@ def open_path(path: str | os.PathLike[str]) -> Container:
         if path.rstrip("/").endswith(ending):
             raise FormatError(f"is {what}", file=path)
     if os.path.isdir(path):
-        raise FormatError("holds no weights (looked for *.safetensors, *.gguf, *.bin, *.pt, *.pth, *.ckpt)", file=path)
-    raise FormatError("not a container we read (safetensors, GGUF, torch, TFLite)", file=path)
+        raise FormatError(
+            "holds no weights (looked for *.safetensors, *.gguf, *.bin, *.pt, *.pth, *.ckpt, *.onnx)", file=path
+        )
+    raise FormatError("not a container we read (safetensors, GGUF, torch, ONNX, TFLite)", file=path)

@@ -50,6 +50,9 @@ from pytest_quantcheck.schemes import (
     modelopt_live,
     mxfp4,
     nvfp4_live,
+    onnx_affine,
+    onnx_bnb4,
+    onnx_matmulnbits,
     plain,
     qqq,
     quantization_config,
@@ -79,6 +82,9 @@ if TYPE_CHECKING:
 # The first scheme that claims a group of stored tensors keeps it; `plain` takes what is left.
 SCHEMES: tuple[Scheme, ...] = (
     tflite_affine.SCHEME,
+    onnx_matmulnbits.SCHEME,
+    onnx_affine.SCHEME,
+    onnx_bnb4.SCHEME,
     bnb_4bit.SCHEME,
     bnb_8bit.SCHEME,
     mlx.SCHEME,

@@ -65,6 +65,7 @@ def all_cases() -> list[Case]:
         mlx,
         modelopt,
         mxfp4,
+        onnx,
         plain,
         quanto,
         quark,
@@ -107,4 +108,5 @@ def all_cases() -> list[Case]:
         *fouroversix.CASES,
         *fp_quant.CASES,
         *ggml.CASES,
+        *onnx.CASES,
     ]

@@ -1,0 +1,106 @@
+"""ONNX MatMulBnb4 (com.microsoft): bitsandbytes' NF4 and FP4 in blocks of the flattened [N, K].
+
+    part    dtype           stored shape           packing
+    codes   UINT8           [ceil(N * K / 2)]      two per byte, high nibble first
+    absmax  F32, F16, BF16  [ceil(N * K / block)]  none
+
+Formula: w = table[code] * absmax of element // block. `quant_type` 0 is FP4, 1 is NF4. The float weight was [K, N];
+with `transB` 0 the codes are in its order and the logical shape is [K, N].
+Source: onnxruntime 1.31, contrib_ops/cpu/quantization/blockwise_quant_block_bnb4.h, matmul_bnb4.cc.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_quantcheck.errors import FormatError, UnknownEncoding
+from pytest_quantcheck.schemes import onnx_record, packing
+from pytest_quantcheck.schemes.onnx_record import Node
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+FP4 = (0.0, 0.00520833333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+TABLES = {0: ("fp4", (*FP4, *(-value for value in FP4))), 1: ("nf4", NF4)}
+FLOORS_DB = {"fp4": 15.0, "nf4": 18.5}  # blocks up to 64
+
+
+class Layout(NamedTuple):
+    """The values of the codes, and how many share an absmax."""
+
+    table: tuple[float, ...]
+    block: int
+
+
+def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
+    """Return the weight that the record of a MatMulBnb4 belongs to."""
+    node = onnx_record.find(anchor, ("MatMulBnb4",), namespace)
+    if node is None:
+        return None
+    shape = (node.integer("N"), node.integer("K"))
+    block, kind = node.integer("block_size"), node.integer("quant_type")
+    if kind not in TABLES:
+        raise UnknownEncoding(f"MatMulBnb4 of quant_type {kind} (0 is FP4, 1 is NF4)", tensor=node.name)
+    _check(node, shape, block)
+    name, table = TABLES[kind]
+    straight = shape if node.integer("transB", 1) else shape[::-1]
+    return LogicalTensor(
+        node.name,
+        straight,
+        f"onnx-bnb-{name}",
+        "parameter",
+        node.parts(),
+        decode,
+        Layout(table, block),
+        block,
+        floor_db=FLOORS_DB[name] if block <= 64 else None,
+    )
+
+
+def _check(node: Node, shape: tuple[int, int], block: int) -> None:
+    elements = shape[0] * shape[1]
+    if min(shape) < 1 or block < 16 or block & (block - 1):
+        raise FormatError(f"MatMulBnb4 of {list(shape)} in blocks of {block} (a power of 2 from 16)", tensor=node.name)
+    if node.type != "UINT8" or node.part("absmax").dtype not in ("F32", "F16", "BF16"):
+        raise FormatError(f"MatMulBnb4 of {node.type} with {node.type_of('absmax')}", tensor=node.name)
+    for part, wanted in (("", -(-elements // 2)), ("absmax", -(-elements // block))):
+        stored = node.part(part)
+        if stored.elements != wanted:
+            what = f"{list(stored.shape)} is not {wanted:,} for {list(shape)} in blocks of {block}"
+            raise FormatError(what, tensor=stored.name)
+
+
+def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return rows `start` up to `stop` as float32."""
+    import torch
+
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    first, last = start * tensor.columns, stop * tensor.columns
+    if last <= first:
+        return torch.empty((0, tensor.columns), device=device)
+    low, high = first // layout.block, -(-last // layout.block)
+    pairs = packing.nibble_pairs(torch.tensor(layout.table, device=device), high_first=True)
+    raw = tensor.stored.load_bytes(first // 2, -(-last // 2), device)
+    values = packing.look_up(raw, pairs).view(-1)[first % 2 :][: last - first]
+    absmax = tensor.part("absmax").load(low, high, device).to(torch.float32)
+    block = torch.arange(first, last, device=device) // layout.block - low
+    return (values * absmax[block]).view(stop - start, tensor.columns)
+
+
+SCHEME = Scheme(
+    name="onnx-bnb4",
+    title="ONNX MatMulBnb4",
+    variants=("onnx-bnb-nf4", "onnx-bnb-fp4"),
+    claim=claim,
+    anchors=(onnx_record.RECORD,),
+    source="onnxruntime 1.31, contrib_ops/cpu/quantization/matmul_bnb4.cc",
+    verified="onnxruntime 1.31.1",
+)

@@ -1,0 +1,352 @@
+"""ONNX: graphs built with the onnx package, quantized and decoded by onnxruntime; bytes worked by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cases import Case, Made
+
+WHY = "onnx and onnxruntime make these models and decode them"
+NAME = "model.layers.0.mlp.up_proj.weight"
+NODE = "/model/layers.0/mlp/up_proj/MatMul"
+
+
+def _onnx():
+    pytest.importorskip("onnxruntime", reason=WHY)
+    return pytest.importorskip("onnx", reason=WHY)
+
+
+def _write(model, **external):
+    def write(folder: Path) -> Path:
+        onnx = _onnx()
+        onnx.save_model(onnx.ModelProto.FromString(model.SerializeToString()), folder / "model.onnx", **external)
+        return folder / "model.onnx"
+
+    return write
+
+
+def model_of(nodes, initializers, inputs, outputs, opset: int = 21):
+    """Return a model; inputs and outputs are (name, dtype, shape)."""
+    onnx = _onnx()
+    values = [[onnx.helper.make_tensor_value_info(*value) for value in group] for group in (inputs, outputs)]
+    graph = onnx.helper.make_graph(nodes, "graph", *values, initializers)
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def run(model, feeds) -> torch.Tensor:
+    """Return what onnxruntime computes, nothing of the graph changed by it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(np.array(session.run(None, feeds)[0]).astype(np.float32))
+
+
+def _float(rows: int, columns: int):
+    """A linear as exported: the weight as [in, out] under a name that says nothing."""
+    onnx = _onnx()
+    weight = np.random.default_rng(rows).standard_normal((columns, rows)).astype(np.float32)
+    node = onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_12"], ["y"], NODE)
+    tensors = [onnx.numpy_helper.from_array(weight, "onnx::MatMul_12")]
+    return model_of([node], tensors, [("x", 1, ["n", columns])], [("y", 1, ["n", rows])])
+
+
+def matmul_nbits(bits: int, block: int, columns: int, *, symmetric: bool = True, rows: int = 7, **external):
+    """Quantized by onnxruntime; its own product with the identity is the weight."""
+
+    def make() -> Made:
+        _onnx()
+        from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+
+        made = quantizer.MatMulNBitsQuantizer(
+            _float(rows, columns), bits=bits, block_size=block, is_symmetric=symmetric
+        )
+        made.process()
+        values = run(made.model.model, {"x": np.eye(columns, dtype=np.float32)}).T
+        return Made(values, write=_write(made.model.model, **external), tolerance=1e-6)
+
+    return make
+
+
+def nbits_node(
+    bits: int, block: int, columns: int, rows: int = 5, *, scales: str = "float32", zeros: str | None = None
+):
+    """A node made by hand of random codes: float zero points, scales in a row, half precision."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        random = np.random.default_rng(bits + columns)
+        blocks = -(-columns // block)
+        codes = random.integers(0, 256, (rows, blocks, block * bits // 8), dtype=np.uint8)
+        parts = [codes, random.random(rows * blocks).astype(scales)]
+        if zeros == "packed":
+            parts.append(random.integers(0, 256, (rows, -(-blocks * bits // 8)), dtype=np.uint8))
+        elif zeros == "float":
+            parts.append((random.random((rows, blocks)) * 2**bits).astype(scales))
+        names = ["onnx::w_1", "s", "z"][: len(parts)]
+        tensors = [onnx.numpy_helper.from_array(part, name) for part, name in zip(parts, names, strict=True)]
+        node = onnx.helper.make_node(
+            "MatMulNBits",
+            ["x", *names],
+            ["y"],
+            NODE,
+            domain="com.microsoft",
+            bits=bits,
+            block_size=block,
+            K=columns,
+            N=rows,
+        )
+        kind = {"float32": 1, "float16": 10}[scales]
+        model = model_of([node], tensors, [("x", kind, ["n", columns])], [("y", kind, ["n", rows])])
+        values = run(model, {"x": np.eye(columns, dtype=scales)}).T
+        return Made(values, write=_write(model), tolerance=1e-6 if scales == "float32" else 2e-3)
+
+    return make
+
+
+def _codes(kind: str, shape: tuple[int, ...], *, raw: bool = True, name: str = "w"):
+    """A tensor of random codes of a type, in raw_data or in the typed field."""
+    onnx = _onnx()
+    random = np.random.default_rng(len(kind) + sum(shape))
+    if kind.startswith("FLOAT"):
+        values = random.standard_normal(shape).astype(np.float32) * 3
+    else:
+        bits = min(int(kind.strip("UINT")), 20)
+        low = 0 if kind.startswith("U") else -(1 << (bits - 1))
+        values = random.integers(low, low + (1 << bits), shape)
+    number = onnx.TensorProto.DataType.Value(kind)
+    values = values.astype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    if raw:
+        return onnx.numpy_helper.from_array(values, name)
+    return onnx.helper.make_tensor(name, number, shape, values.flatten())
+
+
+def _scales(shape: tuple[int, ...], dtype: str = "float32"):
+    values = np.random.default_rng(9).random(shape) + 0.25
+    return _onnx().numpy_helper.from_array(np.asarray(values, dtype=dtype), "s")
+
+
+def dequantize(kind, shape, scales=(), *, zeros=False, raw=True, opset=21, half=False, **attributes):
+    """A DequantizeLinear of a constant; onnxruntime computes it."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        tensors = [_codes(kind, shape, raw=raw), _scales(scales, "float16" if half else "float32")]
+        if zeros:
+            tensors.append(_codes(kind, scales, raw=raw, name="z"))
+        node = onnx.helper.make_node("DequantizeLinear", [tensor.name for tensor in tensors], ["y"], **attributes)
+        model = model_of([node], tensors, [], [("y", 10 if half else 1, shape)], opset)
+        return Made(run(model, {}), write=_write(model), tolerance=2e-3 if half else 1e-6)
+
+    return make
+
+
+def gathered(kind: str, shape, scales, *, zeros=None, **attributes):
+    """All rows of a table that GatherBlockQuantized looks up."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        tensors = [_codes(kind, shape), _scales(scales)]
+        if zeros:
+            tensors.append(_codes(kind, zeros, name="z"))
+        names = ["w", "rows", *(tensor.name for tensor in tensors[1:])]
+        rows = onnx.numpy_helper.from_array(np.arange(shape[0]), "rows")
+        node = onnx.helper.make_node("GatherBlockQuantized", names, ["y"], domain="com.microsoft", **attributes)
+        model = model_of([node], [*tensors, rows], [], [("y", 1, None)])
+        return Made(run(model, {}), write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def product(
+    operator: str, inputs: list[str], *, scales=(), kind: str = "INT8", domain: str = "com.microsoft", **attributes
+):
+    """The product of the identity and an encoded [in, out], which is the weight; `b` and its parts are constants."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        n = 12
+        shape = (9, n) if attributes.get("transB") else (n, 9)
+        tensors = [_codes("INT8", shape), _scales(scales), _codes("INT8", scales, name="z")]
+        integer = onnx.TensorProto.UINT8
+        others = {"one": np.float32(1), "zero": np.uint8(0)}
+        tensors += [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in others.items()]
+        floats = "a" in inputs
+        nodes = [onnx.helper.make_node(operator, inputs, ["y"], "node", domain=domain, **attributes)]
+        if operator == "MatMulInteger":
+            nodes[0].output[0] = "int"
+            nodes.append(onnx.helper.make_node("Cast", ["int"], ["cast"], to=1))
+            nodes.append(onnx.helper.make_node("Mul", ["step", "s"], ["scale"]))
+            nodes.append(onnx.helper.make_node("Mul", ["cast", "scale"], ["y"]))
+        name, dtype = ("a", np.float32) if floats else ("q", np.uint8)
+        feeds = {name: np.eye(n, dtype=dtype)}
+        given = [(name, 1 if floats else integer, [n, n])]
+        if operator == "MatMulInteger":  # the scale of what is multiplied is computed
+            feeds["step"] = np.array(1, dtype=np.float32)
+            given.append(("step", 1, []))
+        model = model_of(nodes, tensors, given, [("y", 1, [n, 9])])
+        values = run(model, feeds)
+        return Made(values.T if attributes.get("transB") else values, write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def as_qdq() -> Made:
+    """onnxruntime's quantizer writing DequantizeLinear in blocks of rows instead of MatMulNBits."""
+    onnx = _onnx()
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+
+    made = quantizer.MatMulNBitsQuantizer(_float(7, 96), block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ)
+    made.process()
+    model = made.model.model
+    for opset in model.opset_import:
+        opset.version = max(opset.version, 21) if opset.domain in ("", "ai.onnx") else opset.version
+    onnx.checker.check_model(model)
+    return Made(run(model, {"x": np.eye(96, dtype=np.float32)}), write=_write(model), tolerance=1e-6)
+
+
+def small_floats() -> Made:
+    """Two to the byte, the first in the low bits; onnxruntime does not run them."""
+    onnx = _onnx()
+    weight = onnx.helper.make_tensor("w", 23, (2, 3), bytes([0x21, 0xF3, 0x79]), raw=True)
+    tensors = [weight, onnx.numpy_helper.from_array(np.float32([2, 4, 10]), "s")]
+    node = onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["y"])
+    model = model_of([node], tensors, [], [("y", 1, (2, 3))], 23)
+    return Made(torch.tensor([[1.0, 4, 15], [-12, -2, 60]]), write=_write(model))
+
+
+def embedding_by_onnxruntime() -> Made:
+    onnx = _onnx()
+    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+
+    table = np.random.default_rng(3).standard_normal((11, 96)).astype(np.float32)
+    node = onnx.helper.make_node("Gather", ["model.embed_tokens.weight", "rows"], ["y"], "/model/embed_tokens/Gather")
+    tensors = [onnx.numpy_helper.from_array(table, "model.embed_tokens.weight")]
+    model = model_of([node], tensors, [("rows", 7, ["n"])], [("y", 1, ["n", 96])])
+    made = quantizer.MatMulNBitsQuantizer(model, block_size=32, is_symmetric=True, op_types_to_quantize=("Gather",))
+    made.process()
+    values = run(made.model.model, {"rows": np.arange(11)})
+    return Made(values, write=_write(made.model.model), tolerance=1e-6)
+
+
+def bnb4(quant_type: int, rows: int, columns: int, block: int, transposed: int = 1):
+    """Random codes; onnxruntime's product with the identity is the weight."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        random, values = np.random.default_rng(rows), rows * columns
+        arrays = {
+            "w": random.integers(0, 256, -(-values // 2), dtype=np.uint8),
+            "absmax": random.random(-(-values // block)).astype(np.float32),
+        }
+        tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+        sizes = {"K": columns, "N": rows, "block_size": block, "quant_type": quant_type, "transB": transposed}
+        node = onnx.helper.make_node("MatMulBnb4", ["x", "w", "absmax"], ["y"], NODE, domain="com.microsoft", **sizes)
+        model = model_of([node], tensors, [("x", 1, ["n", columns])], [("y", 1, ["n", rows])])
+        values = run(model, {"x": np.eye(columns, dtype=np.float32)}).T
+        return Made(values, write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def convolution() -> Made:
+    """QLinearConv worked by hand: a scale for each output channel, a bias in steps of both scales."""
+    onnx = _onnx()
+    weight = onnx.helper.make_tensor(
+        "w", onnx.TensorProto.INT8, (2, 1, 1, 3), bytes([1, 2, 3, 255, 254, 128]), raw=True
+    )
+    arrays = {
+        "x_scale": np.float32(0.5), "x_zero": np.uint8(3), "s": np.float32([2, 4]), "z": np.int8([0, 1]),
+        "y_scale": np.float32(1), "y_zero": np.uint8(0), "bias": np.int32([7, -3]),
+    }  # fmt: skip
+    tensors = [weight, *(onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items())]
+    inputs = ["x", "x_scale", "x_zero", "w", "s", "z", "y_scale", "y_zero", "bias"]
+    node = onnx.helper.make_node("QLinearConv", inputs, ["y"])
+    model = model_of([node], tensors, [("x", 2, [1, 1, 1, 3])], [("y", 2, None)])
+    return Made(torch.tensor([[2.0, 4, 6], [-8, -12, -516]]), write=_write(model))
+
+
+def convolution_bias() -> Made:
+    return Made(torch.tensor([7 * 0.5 * 2, -3 * 0.5 * 4]), write=convolution().write)
+
+
+CASES = [
+    Case("onnx-matmulnbits-4", matmul_nbits(4, 32, 96), "onnx-matmulnbits-4", (7, 96), NAME,
+         bytes={"codes": 7 * 48, "scales": 7 * 3 * 4}),
+    Case("onnx-matmulnbits-4-asymmetric", matmul_nbits(4, 32, 160, symmetric=False), "onnx-matmulnbits-4", (7, 160),
+         NAME, bytes={"codes": 7 * 80, "scales": 7 * 5 * 4, "zero_points": 7 * 3}),
+    Case("onnx-matmulnbits-4-padded", matmul_nbits(4, 128, 200), "onnx-matmulnbits-4", (7, 200), NAME,
+         bytes={"codes": 7 * 100, "padding": 7 * 28, "scales": 7 * 2 * 4}),
+    Case("onnx-matmulnbits-8-padded", matmul_nbits(8, 64, 100, symmetric=False), "onnx-matmulnbits-8", (7, 100), NAME,
+         bytes={"codes": 7 * 100, "padding": 7 * 28, "zero_points": 14}),
+    Case("onnx-matmulnbits-beside", matmul_nbits(4, 32, 96, save_as_external_data=True, size_threshold=0,
+         location="w.data"), "onnx-matmulnbits-4", (7, 96), NAME),
+    Case("onnx-matmulnbits-2", nbits_node(2, 32, 100, zeros="packed"), "onnx-matmulnbits-2", (5, 100), NAME),
+    Case("onnx-matmulnbits-2-default-zero", nbits_node(2, 16, 96), "onnx-matmulnbits-2", (5, 96), NAME),
+    Case("onnx-matmulnbits-4-odd-blocks", nbits_node(4, 16, 40, zeros="packed"), "onnx-matmulnbits-4", (5, 40), NAME),
+    Case("onnx-matmulnbits-4-float-zeros", nbits_node(4, 32, 64, zeros="float"), "onnx-matmulnbits-4", (5, 64), NAME),
+    Case("onnx-matmulnbits-8-default-zero", nbits_node(8, 32, 70), "onnx-matmulnbits-8", (5, 70), NAME),
+    Case("onnx-matmulnbits-4-half-scales", nbits_node(4, 32, 96, scales="float16"), "onnx-matmulnbits-4", (5, 96),
+         NAME, bytes={"codes": 5 * 48, "scales": 5 * 3 * 2}),
+    Case("onnx-dequantize-int8", dequantize("INT8", (7, 33)), "onnx-int8", (7, 33), "w",
+         bytes={"codes": 231, "scales": 4}),
+    Case("onnx-dequantize-uint8-axis-1-is-the-default", dequantize("UINT8", (7, 33), (33,), zeros=True), "onnx-uint8",
+         (7, 33), "w", bytes={"codes": 231, "scales": 132, "zero_points": 33}),
+    Case("onnx-dequantize-int8-axis-0", dequantize("INT8", (3, 5, 7), (3,), zeros=True, axis=0), "onnx-int8", (3, 5, 7),
+         "w"),
+    Case("onnx-dequantize-int8-axis-1-of-3", dequantize("INT8", (3, 5, 7), (5,), axis=-2), "onnx-int8", (3, 5, 7), "w"),
+    Case("onnx-dequantize-int4-blocks-of-rows", dequantize("INT4", (70, 9), (3, 9), zeros=True, axis=0, block_size=32),
+         "onnx-int4", (70, 9), "w", bytes={"codes": 315, "scales": 108, "zero_points": 14}),
+    Case("onnx-dequantize-uint4-blocks-of-columns", dequantize("UINT4", (5, 70), (5, 3), zeros=True, block_size=32),
+         "onnx-uint4", (5, 70), "w"),
+    Case("onnx-dequantize-int4-odd", dequantize("INT4", (3, 5)), "onnx-int4", (3, 5), "w", bytes={"codes": 8}),
+    Case("onnx-dequantize-blocks-of-3", dequantize("INT8", (2, 6, 5), (2, 2, 5), axis=1, block_size=3), "onnx-int8",
+         (2, 6, 5), "w"),
+    Case("onnx-dequantize-int2", dequantize("INT2", (3, 7), (7,), zeros=True, opset=25), "onnx-int2", (3, 7), "w",
+         bytes={"codes": 6, "zero_points": 2}),
+    Case("onnx-dequantize-uint2", dequantize("UINT2", (3, 7), opset=25), "onnx-uint2", (3, 7), "w"),
+    Case("onnx-dequantize-int16", dequantize("INT16", (3, 7)), "onnx-int16", (3, 7), "w"),
+    Case("onnx-dequantize-uint16", dequantize("UINT16", (3, 7), zeros=True), "onnx-uint16", (3, 7), "w"),
+    Case("onnx-dequantize-int32", dequantize("INT32", (7,), (7,), axis=0), "onnx-int32", (7,), "w"),
+    Case("onnx-dequantize-half-scales", dequantize("INT8", (7, 9), (9,), half=True), "onnx-int8", (7, 9), "w"),
+    *(Case(f"onnx-dequantize-{kind.lower()}", dequantize(kind, (7, 9), (9,)), f"onnx-{kind.lower()}", (7, 9), "w")
+      for kind in ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")),
+    *(Case(f"onnx-typed-{kind.lower()}", dequantize(kind, (7, 9), zeros=zeros, raw=False), f"onnx-{kind.lower()}",
+           (7, 9), "w") for kind, zeros in (("INT8", True), ("UINT8", True), ("INT4", True), ("FLOAT8E5M2", False))),
+    Case("onnx-gather-int4", gathered("INT4", (7, 96), (7, 3), block_size=32), "onnx-int4", (7, 96), "w"),
+    Case("onnx-gather-uint4-zeros", gathered("UINT4", (7, 96), (7, 3), zeros=(7, 3), block_size=32), "onnx-uint4",
+         (7, 96), "w"),
+    Case("onnx-gather-uint8-default-zero", gathered("UINT8", (7, 48), (7, 3), block_size=32), "onnx-uint4", (7, 96),
+         "w"),
+    Case("onnx-gather-uint8-padded-zeros", gathered("UINT8", (7, 48), (7, 3), zeros=(7, 2), block_size=32),
+         "onnx-uint4", (7, 96), "w"),
+    Case("onnx-gather-uint8-8-bits", gathered("UINT8", (7, 96), (7, 3), block_size=32, bits=8), "onnx-uint8", (7, 96),
+         "w"),
+    Case("onnx-integer-to-float", product("MatMulIntegerToFloat", ["q", "w", "one", "s", "zero", "z"], scales=(9,)),
+         "onnx-int8", (12, 9), "w"),
+    Case("onnx-dynamic-quantize", product("DynamicQuantizeMatMul", ["a", "w", "s", "z"], scales=()), "onnx-int8",
+         (12, 9), "w"),
+    Case("onnx-matmul-integer", product("MatMulInteger", ["q", "w", "zero", "z"], domain=""), "onnx-int8", (12, 9),
+         "w"),
+    Case("onnx-qgemm", product("QGemm", ["q", "one", "zero", "w", "s", "z"], scales=(9,)), "onnx-int8", (12, 9), "w"),
+    Case("onnx-qgemm-transposed", product("QGemm", ["q", "one", "zero", "w", "s", "z"], scales=(9,), transB=1),
+         "onnx-int8", (9, 12), "w"),
+    Case("onnx-matmul-as-qdq", as_qdq, "onnx-int4", (96, 7), NAME, bytes={"codes": 336, "scales": 84}),
+    Case("onnx-float4-by-hand", small_floats, "onnx-float4e2m1", (2, 3), "w", bytes={"codes": 3, "scales": 12}),
+    Case("onnx-gather-by-onnxruntime", embedding_by_onnxruntime, "onnx-int4", (11, 96), "model.embed_tokens.weight"),
+    Case("onnx-bnb-nf4", bnb4(1, 9, 40, 64), "onnx-bnb-nf4", (9, 40), "w", bytes={"codes": 180, "scales": 24}),
+    Case("onnx-bnb-nf4-odd", bnb4(1, 5, 33, 16), "onnx-bnb-nf4", (5, 33), "w", bytes={"codes": 83, "scales": 44}),
+    Case("onnx-bnb-fp4", bnb4(0, 9, 40, 32), "onnx-bnb-fp4", (9, 40), "w"),
+    Case("onnx-convolution", convolution, "onnx-int8", (2, 1, 1, 3), "w", total=8,
+         bytes={"codes": 6, "scales": 8, "zero_points": 2}),
+    Case("onnx-convolution-bias", convolution_bias, "onnx-int32", (2,), "bias", total=8),
+]  # fmt: skip

@@ -1,0 +1,398 @@
+"""ONNX files: where every byte goes, names, what several nodes share, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_quantcheck import inspect
+from pytest_quantcheck.containers import onnx_names, onnx_wire
+from pytest_quantcheck.containers.files import open_file
+from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
+
+onnx = pytest.importorskip("onnx", reason="the onnx package makes and parses these models")
+np = pytest.importorskip("numpy")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from tests.cases.onnx import model_of  # noqa: E402
+
+MICROSOFT = {"domain": "com.microsoft"}
+
+
+def tensor(name: str, values, dtype: str = "float32"):
+    return numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
+
+
+def node(operator: str, inputs: list[str], output: str, name: str = "", **attributes):
+    return helper.make_node(operator, inputs, [output], name, **attributes)
+
+
+def save(path: Path, model) -> Path:
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def packed(rows: int = 4, columns: int = 32, prefix: str = "w"):
+    """Initializers of a MatMulNBits."""
+    return [
+        tensor(prefix, np.full((rows, columns // 32, 16), 0x98), "uint8"),
+        tensor(f"{prefix}_s", np.arange(1, rows + 1).reshape(rows, columns // 32)),
+    ]
+
+
+def nbits(inputs: list[str], output: str, name: str = "n", rows: int = 4, columns: int = 32, **attributes):
+    sizes = {"K": columns, "N": rows, "bits": 4, "block_size": 32} | attributes
+    return node("MatMulNBits", inputs, output, name, **MICROSOFT, **sizes)
+
+
+def small():
+    """A float matrix, an encoded one, a shape, a scalar, statistics."""
+    initializers = [
+        tensor("dense", np.ones((32, 3))),
+        *packed(),
+        tensor("shape", [1, -1], "int64"),
+        tensor("eps", 1e-6),
+        tensor("mean", [0.0, 1.0, 2.0]),
+        tensor("var", [1.0, 1.0, 1.0]),
+        tensor("gain", [1.0, 1.0, 1.0]),
+    ]
+    nodes = [
+        node("MatMul", ["x", "dense"], "a"),
+        nbits(["x", "w", "w_s"], "b"),
+        node("BatchNormalization", ["a", "gain", "gain", "mean", "var"], "c"),
+        node("Reshape", ["b", "shape"], "d"),
+        node("Add", ["c", "eps"], "e"),
+    ]
+    return model_of(nodes, initializers, [("x", 1, ["n", 32])], [("e", 1, None)])
+
+
+def test_every_byte_has_a_class(tmp_path):
+    artifact = inspect(save(tmp_path / "m.onnx", small()))
+    assert artifact.logical_params == 96 + 128 + 3
+    assert artifact.buffers == 2 + 1 + 3 + 3
+    found = artifact.bytes
+    assert sum(found.values()) == artifact.file_bytes == (tmp_path / "m.onnx").stat().st_size
+    assert (found["codes"], found["scales"], found["unquantized"], found["buffers"]) == (64, 16, 396, 44)
+    assert artifact.tensor("dense").transposed
+    assert torch.equal(artifact.tensor("w").decode()[2], torch.tensor([0.0, 3.0] * 16))
+
+
+def test_files_beside_the_graph_are_weighed_with_it(tmp_path):
+    onnx.save_model(small(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    with open(tmp_path / "m.data", "ab") as file:
+        file.write(bytes(70_000))
+    artifact = inspect(tmp_path / "m.onnx")
+    assert artifact.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+    assert artifact.bytes["dead"] == 70_000
+    assert [finding.check for finding in artifact.findings] == ["dead-bytes"]
+    assert artifact.logical_params == 227
+    assert inspect(tmp_path).logical_params == 227
+
+
+def test_a_terabyte_beside_the_graph_is_counted_without_being_read(tmp_path):
+    model = model_of([], [external("w", "w.data", shape=(1 << 19, 1 << 19))], [], [])
+    with open(tmp_path / "w.data", "wb") as file:
+        file.truncate(1 << 40)
+    assert inspect(save(tmp_path / "m.onnx", model)).logical_params == 1 << 38
+
+
+def test_the_graph_is_kept_without_its_weights(tmp_path):
+    model = model_of([], [tensor("w", np.zeros((1000, 1000)))], [], [])
+    assert len(onnx_wire.skeleton(open_file(save(tmp_path / "m.onnx", model)))) < 200
+
+
+def test_negative_numbers_in_typed_fields_weigh_ten_bytes(tmp_path):
+    """onnx.proto: a varint of a negative int32 has ten bytes."""
+    codes = helper.make_tensor("w", TensorProto.INT8, [1000], [-1] * 1000)
+    nodes = [node("DequantizeLinear", ["w", "s"], "y")]
+    artifact = inspect(save(tmp_path / "m.onnx", model_of(nodes, [codes, tensor("s", 0.5)], [], [("y", 1, None)])))
+    assert artifact.tensor("w").bytes == {"codes": 10_000, "scales": 4}
+    assert artifact.tensor("w").decode().tolist() == [[-0.5] * 1000]
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_weights_in_constants_branches_and_functions_are_found(tmp_path):
+    """In each place a matrix of 2 x 2."""
+    matrix = tensor("", np.ones((2, 2)))
+    inner = helper.make_graph(
+        [helper.make_node("Constant", [], ["k"], value=matrix), node("Add", ["k", "outer"], "o")],
+        "then", [], [helper.make_tensor_value_info("o", 1, [2, 2])], [tensor("i", np.ones((2, 2)))],
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("Constant", [], ["main"], value=matrix),
+        node("If", ["condition"], "chosen", then_branch=inner, else_branch=inner),
+        node("Own", ["main"], "z", domain="mine"),
+    ]
+    model = model_of(nodes, [tensor("outer", np.ones((2, 2)))], [("condition", 9, [])], [("chosen", 1, None)])
+    body = [helper.make_node("Constant", [], ["k"], value=matrix), node("Add", ["p", "k"], "q")]
+    opsets = [helper.make_opsetid("", 21)]
+    model.functions.append(helper.make_function("mine", "Own", ["p"], ["q"], body, opsets))
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    branches = [f"chosen/{branch}_branch/{name}" for branch in ("then", "else") for name in "ik"]
+    assert {t.name for t in artifact.tensors} == {"outer", "main", "mine:Own/k", *branches}
+    assert artifact.logical_params == 4 * 7
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_a_table_that_is_looked_up_and_multiplied_counts_once(tmp_path):
+    """onnxruntime-genai ties the embedding and the head so."""
+    table = tensor("w", np.full((4, 16), 0x98), "uint8")
+    head = tensor("w_s", np.ones((4, 1)))
+    nodes = [
+        node("GatherBlockQuantized", ["w", "rows", "w_s"], "a", **MICROSOFT, bits=4, block_size=32),
+        nbits(["x", "w", "w_s"], "b"),
+    ]
+    inputs = [("x", 1, [1, 32]), ("rows", 7, [2])]
+    artifact = inspect(save(tmp_path / "m.onnx", model_of(nodes, [table, head], inputs, [("b", 1, None)])))
+    assert artifact.logical_params == 128
+
+
+def test_scales_that_two_weights_share_weigh_once(tmp_path):
+    initializers = [*packed(), tensor("v", np.full((4, 1, 16), 0x98), "uint8")]
+    nodes = [nbits(["x", "w", "w_s"], "a"), nbits(["x", "v", "w_s"], "b")]
+    artifact = inspect(save(tmp_path / "m.onnx", model_of(nodes, initializers, [("x", 1, [1, 32])], [("a", 1, None)])))
+    assert (artifact.logical_params, artifact.bytes["scales"]) == (256, 16)
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+    assert torch.equal(artifact.tensor("v").decode(), artifact.tensor("w").decode())
+
+
+def test_dynamic_quantization_by_onnxruntime(tmp_path):
+    """The table is gathered before it is decoded; the scale of the matrix is two nodes behind its product."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime quantizes")
+    from onnxruntime.quantization import quantize_dynamic
+
+    random = np.random.default_rng(0)
+    weights = {"emb.weight": random.standard_normal((11, 8)), "onnx::MatMul_7": random.standard_normal((8, 5))}
+    nodes = [
+        node("Gather", ["emb.weight", "rows"], "e", "/emb/Gather"),
+        node("MatMul", ["e", "onnx::MatMul_7"], "y", "/layers.0/up/MatMul"),
+    ]
+    initializers = [tensor(name, values) for name, values in weights.items()]
+    save(tmp_path / "f.onnx", model_of(nodes, initializers, [("rows", 7, ["n"])], [("y", 1, ["n", 5])]))
+    quantize_dynamic(tmp_path / "f.onnx", tmp_path / "q.onnx")
+    artifact = inspect(tmp_path / "q.onnx")
+    assert {t.name: t.shape for t in artifact.parameters} == {"emb.weight": (11, 8), "layers.0.up.weight": (8, 5)}
+    for name, exported in (("emb.weight", "emb.weight"), ("layers.0.up.weight", "onnx::MatMul_7")):
+        assert np.abs(artifact.tensor(name).decode().numpy() - weights[exported]).max() < 0.03
+    assert artifact.tensor("layers.0.up.weight").transposed
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+@pytest.mark.parametrize(("block", "size"), [(32, 360), (64, 324), (128, 340)])
+def test_blocks_that_576_columns_do_not_fill_are_padded(block, size, tmp_path):
+    """5 blocks of 128 are 640 columns: more bytes than 9 blocks of 64."""
+    count = -(-576 // block)
+    initializers = [tensor("w", np.zeros((1, count, block // 2)), "uint8"), tensor("s", np.ones((1, count)))]
+    model = of_nodes(nbits(["x", "w", "s"], "y", rows=1, columns=576, block_size=block), initializers=initializers)
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    assert (weight.nbytes, weight.params) == (size, 576)
+    assert weight.bytes.get("padding", 0) == size - 288 - 4 * count
+
+
+def test_what_a_kernel_has_reordered_is_counted_and_not_decoded(tmp_path):
+    model = of_nodes(nbits(["x", "w", "w_s"], "y", weight_prepacked=1), initializers=packed())
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    assert (weight.params, weight.bytes) == (128, {"codes": 64, "scales": 16})
+    with pytest.raises(NotDecodable, match="w: onnx-matmulnbits-4"):
+        weight.decode()
+
+
+def test_scattered_groups_are_counted_and_not_decoded(tmp_path):
+    order = tensor("order", np.zeros(32), "int32")
+    model = of_nodes(nbits(["x", "w", "w_s", "", "order"], "y"), initializers=[*packed(), order])
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    assert (weight.params, weight.bytes) == (128, {"codes": 64, "scales": 16, "index": 128})
+    with pytest.raises(NotDecodable):
+        weight.decode()
+
+
+NAMES = [
+    ("model.layers.0.up.weight", "MatMul", "/x/MatMul", "model.layers.0.up.weight"),
+    ("model.layers.0.up.weight_Q4", "MatMul", "", "model.layers.0.up.weight"),
+    ("model.layers.0.up.MatMul.weight_Q8", "MatMul", "", "model.layers.0.up.weight"),
+    ("model.layers.0.up.MatMul.qweight", "MatMul", "", "model.layers.0.up.weight"),
+    ("onnx::MatMul_12_Q4", "MatMul", "/model/layers.0/up/MatMul_Q4", "model.layers.0.up.weight"),
+    ("onnx::MatMul_12_quantized", "MatMul", "/model/up/MatMul_1", "model.up.weight"),
+    ("onnx::MatMul_12", "MatMul", "node_12", "onnx::MatMul_12"),
+    ("val_7", "MatMul", "/up/MatMul", "up.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "operator", "path", "expected"), NAMES, ids=[row[0] for row in NAMES])
+def test_names_of_parameters(name, operator, path, expected):
+    from pytest_quantcheck.containers.onnx_graph import Scope, Use
+
+    use = Use(node(operator, ["x", name], "y", path), 1, Scope("", None))
+    assert onnx_names.origin(name, 2, use).name == expected
+
+
+def test_two_weights_of_one_path_keep_their_names(tmp_path):
+    nodes = [node("MatMul", ["x", f"onnx::MatMul_{at}"], f"y{at}", "/up/MatMul") for at in (1, 2)]
+    initializers = [tensor(f"onnx::MatMul_{at}", np.ones((2, 2))) for at in (1, 2)]
+    model = model_of(nodes, initializers, [("x", 1, [1, 2])], [("y1", 1, None)])
+    assert [t.name for t in inspect(save(tmp_path / "m.onnx", model)).tensors] == ["onnx::MatMul_1", "onnx::MatMul_2"]
+
+
+def test_without_the_onnx_package_the_extra_is_named(tmp_path, monkeypatch):
+    path = save(tmp_path / "m.onnx", small())
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(FormatError, match=r"pytest-quantcheck\[onnx\]"):
+        inspect(path)
+
+
+def external(name: str, location: str, *, shape=(2,), **entries):
+    found = TensorProto(name=name, data_type=1, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **entries}.items():
+        found.external_data.add(key=key, value=str(value))
+    return found
+
+
+def outside(location: str, **entries):
+    return model_of([], [external("w", location, **entries)], [], [])
+
+
+def pair(first: int, second: int):
+    return model_of([], [external("a", "w.data", offset=first), external("b", "w.data", offset=second)], [], [])
+
+
+def changed(change):
+    found = tensor("w", [1.0, 2.0])
+    change(found)
+    return model_of([], [found], [], [])
+
+
+def of_nodes(*nodes, initializers=()):
+    return model_of(nodes, initializers, [("x", 1, [1, 32])], [("y", 1, None)])
+
+
+def sparse():
+    model = model_of([], [], [], [])
+    model.graph.sparse_initializer.add(dims=[4]).values.CopyFrom(tensor("w", [1.0]))
+    return model
+
+
+def dequantized(shape=(4, 6), scale=(), axis=1, **attributes):
+    initializers = [tensor("w", np.zeros(shape), "int8"), tensor("s", np.ones(scale))]
+    return of_nodes(node("DequantizeLinear", ["w", "s"], "y", axis=axis, **attributes), initializers=initializers)
+
+
+def both_ways():
+    nodes = [nbits(["x", "w", "w_s"], "y", "one"), nbits(["x", "w", "v_s"], "z", "two")]
+    return of_nodes(*nodes, initializers=[*packed(), packed(prefix="v")[1]])
+
+
+def expert(operator: str = "QMoE"):
+    weight = tensor("w", np.zeros((2, 8, 16)), "uint8")
+    return of_nodes(node(operator, ["x", "x", "w", "x"], "y", "experts", **MICROSOFT), initializers=[weight])
+
+
+def foreign():
+    weight = tensor("w", np.zeros((4, 4)), "int32")
+    return of_nodes(node("QLinear", ["x", "w"], "y", "q", domain="mine"), initializers=[weight])
+
+
+REFUSED = [
+    ("up-and-out", outside("../secret"), "only files beneath the folder"),
+    ("absolute", outside("/etc/passwd"), "only files beneath the folder"),
+    ("nul", outside("w.data\0.txt"), "only files beneath the folder"),
+    ("link-out", outside("link"), "outside its folder"),
+    ("folder", outside("folder"), "not a regular file"),
+    ("missing", outside("none.data"), "no such file"),
+    ("itself", outside("m.onnx"), "is said to be in"),
+    ("offset-behind-the-end", outside("w.data", offset=97), "which has 100"),
+    ("offset-that-wraps", outside("w.data", offset=2**64 - 4), "no number of bytes|which has 100"),
+    ("offset-negative", outside("w.data", offset=-8), "no number of bytes"),
+    ("length-that-differs", outside("w.data", length=12), "needs 8 bytes"),
+    ("location-missing", outside(""), "without a location"),
+    ("overlap", pair(0, 4), "no overlaps"),
+    ("negative-dimension", changed(lambda t: t.dims.__setitem__(0, -2)), "has the shape [-2]"),
+    ("too-few-bytes", changed(lambda t: setattr(t, "raw_data", b"1234")), "8 bytes has 4"),
+    ("two-fields", changed(lambda t: t.float_data.append(1.0)), "twice"),
+    ("other-field", changed(lambda t: (t.ClearField("raw_data"), t.int32_data.extend([1, 2]))), "`int32_data`"),
+    ("unknown-type", changed(lambda t: setattr(t, "data_type", 99)), "data type 99"),
+    ("segment", changed(lambda t: setattr(t.segment, "begin", 1)), "segment"),
+    ("same-name", model_of([], [tensor("w", [1.0]), tensor("w", [2.0])], [], []), "names two constants"),
+    ("no-name", model_of([], [tensor("", [1.0])], [], []), "without a name"),
+    ("sparse", sparse(), "sparse initializer"),
+    ("computed-scales", of_nodes(nbits(["x", "w", "x"], "y"), initializers=packed()[:1]), "scales that are computed"),
+    ("no-scales", of_nodes(nbits(["x", "w"], "y"), initializers=packed()[:1]), "has no scales"),
+    ("three-bits", of_nodes(nbits(["x", "w", "w_s"], "y", bits=3), initializers=packed()), "3 bits"),
+    ("block-24", of_nodes(nbits(["x", "w", "w_s"], "y", block_size=24), initializers=packed()), "blocks of 24"),
+    ("more-rows", of_nodes(nbits(["x", "w", "w_s"], "y", rows=5), initializers=packed()), "is not the 80"),
+    ("decoded-in-two-ways", both_ways(), "decoded in two ways, by MatMulNBits (node `one`)"),
+    ("scales-of-another-axis", dequantized(scale=(4,)), "[4] is not [1, 6]"),
+    ("axis-out-of-range", dequantized(scale=(4,), axis=2), "dimension 2 of [4, 6]"),
+    ("blocks-that-do-not-fit", dequantized(scale=(4, 2), block_size=2), "is not [4, 3]"),
+    ("unknown-operator", expert(), "feeds QMoE (node `experts`)"),
+    ("words-for-a-foreign-operator", foreign(), "feeds QLinear (node `q`): may hold packed codes"),
+    ("integers-for-nobody", of_nodes(initializers=[tensor("w", [1, 2], "int8")]), "feeds no node"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "what"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_cannot_be_read_exactly_is_refused(model, what, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(100))
+    (folder / "w.data").write_bytes(bytes(100))
+    (folder / "folder").mkdir()
+    os.symlink(tmp_path / "secret", folder / "link")
+    with pytest.raises(FormatError) as caught:
+        inspect(save(folder / "m.onnx", model))
+    assert any(part in str(caught.value) for part in what.split("|")), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+RAW = [
+    ("empty", b"", "not an ONNX model"),
+    ("text", b"hello world, this is no protobuf", "truncated or no ONNX|wire type"),
+    ("truncated", None, "truncated"),
+    ("two-graphs", bytes([8, 10, 58, 0, 58, 0]), "twice"),
+    ("endless-number", b"\xff" * 20, "more than 10 bytes"),
+    ("group", bytes([0x0B]), "wire type 3"),
+]
+
+
+@pytest.mark.parametrize(("raw", "what"), [row[1:] for row in RAW], ids=[row[0] for row in RAW])
+def test_what_is_no_onnx_is_refused(raw, what, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(small().SerializeToString()[:-40] if raw is None else raw)
+    with pytest.raises(FormatError) as caught:
+        inspect(path)
+    assert any(part in str(caught.value) for part in what.split("|")), str(caught.value)
+
+
+def test_graphs_nested_too_deep_are_refused(tmp_path):
+    raw = b""
+    for _ in range(100):  # attribute.g of a node of a graph
+        for number in (6, 5, 1):
+            raw = onnx_wire._prefixed(number, raw)
+    (tmp_path / "m.onnx").write_bytes(bytes([8, 10]) + onnx_wire._prefixed(7, raw))
+    with pytest.raises(FormatError, match="nested deeper"):
+        inspect(tmp_path / "m.onnx")
+
+
+@given(st.data())
+@settings(max_examples=500, deadline=None)
+def test_a_changed_byte_gives_an_error_or_adds_up(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "m.onnx"
+    raw = bytearray(small().SerializeToString())
+    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw)
+    with contextlib.suppress(FormatError):
+        artifact = inspect(path)
+        assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_an_unknown_encoding_is_told_from_a_broken_file(tmp_path):
+    with pytest.raises(UnknownEncoding):
+        inspect(save(tmp_path / "m.onnx", expert()))
