@@ -8,17 +8,16 @@ first which groups are possible at all, and names are asked only where several a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.schemes import patterns
 from pytest_quantcheck.schemes.scheme import Namespace
 
 ARGS = "weight_quantization_args"  # what a live module says about itself, as JSON beside its weight
 ARGS_LIMIT = 16 << 10
-PATTERN_LIMIT, REPEATS_LIMIT = 500, 6
 
 
 def weight_args(
@@ -72,15 +71,6 @@ def _shown(args: Mapping[str, Any]) -> str:
 
 
 def _named(module: str, targets: tuple[str, ...]) -> bool:
-    return any(target == module or (target.startswith("re:") and _matches(target[3:], module)) for target in targets)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Match as compressed-tensors does, but never with a pattern that could take forever: files come from strangers."""
-    repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
-    if len(pattern) > PATTERN_LIMIT or repeats > REPEATS_LIMIT or re.search(r"\)[*+{]", pattern):
-        raise FormatError(f"target pattern `{pattern[:80]}` is too complex ({REPEATS_LIMIT} repeats, none of a group)")
-    try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
-        raise FormatError(f"target pattern `{pattern[:80]}` is not a pattern ({error})") from None
+    return any(
+        target == module or (target.startswith("re:") and patterns.starts(module, target[3:])) for target in targets
+    )
