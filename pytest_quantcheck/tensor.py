@@ -124,13 +124,29 @@ class Origin(NamedTuple):
 Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
 
 
+class Rounding(NamedTuple):
+    """How the values of a reference would be written in an encoding by rounding to nearest: what to expect of it.
+
+    `nearest(tensor, values, largest)` takes rows of the reference, float32 `[rows, columns]`, and returns what they
+    would decode to, with scales of their own; it is a module-level function. Windows must start and end at multiples
+    of `rows` (a grid of blocks of 128 rows has 128). `whole` formats scale by the largest magnitude of the whole
+    tensor, which is given as `largest`; for others it is None. `margin_db` is what a sound quantizer of this format may
+    stay below rounding to nearest.
+    """
+
+    nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]
+    rows: int = 1
+    whole: bool = False
+    margin_db: float = 1.5
+
+
 class LogicalTensor(NamedTuple):
     """What the unquantized model has in one place, and how its values are written here.
 
     `parts[0]` holds the codes (or the plain values). `decoder` is a module-level function, so that a tensor of a file
     can be sent to another process. `transposed` says that the unquantized model keeps the matrix the other way round
     (GPT-2's Conv1D). `paired_rows` and `shift` are undone by `decode` (see `Origin`). `floor_db` is the SQNR under
-    which this encoding is broken, whatever the weights.
+    which this encoding is broken, whatever the weights; `rounding` tells what these weights can be expected to keep.
     """
 
     name: str
@@ -145,6 +161,7 @@ class LogicalTensor(NamedTuple):
     floor_db: float | None = None
     paired_rows: int | None = None
     shift: float = 0.0
+    rounding: Rounding | None = None
 
     @property
     def params(self) -> int:
