@@ -1,7 +1,7 @@
 """Fidelity as a grid: one per stack of layers, a row per module, a column per layer, the SQNR as a shade.
 
-Shades go from the lowest to the highest SQNR of the quantized tensors, over at least `LEAST_SPAN` dB, so that noise
-does not look like a pattern. Several tensors in one place (the experts of a layer) show the worst of them.
+Shades go from the lowest to the highest SQNR of the quantized tensors that passed, over at least `LEAST_SPAN` dB, so
+that noise does not look like a pattern. Several tensors in one place (the experts of a layer) show the worst of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Grid(NamedTuple):
 def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     """Return a grid for each stack of layers with quantized tensors, and for plain ones that failed."""
     rows = [row for row in comparison["tensors"] if row["scheme"] != "plain" or row["verdict"] == "failed"]
-    low, high = _span([row["sqnr_db"] for row in rows if row["sqnr_db"] is not None])
+    low, high = _span([row["sqnr_db"] for row in rows if row["sqnr_db"] is not None and row["verdict"] != "failed"])
     stacks: dict[str, dict[tuple[str, int], list[Row]]] = {}
     for row in rows:
         if match := LAYER.match(row["name"]):
@@ -71,6 +71,6 @@ def _cell(rows: list[Row], low: float, high: float) -> Cell | None:
         return None
     known = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
     worst = min(known) if known else None
-    shade = None if worst is None else min(SHADES - 1, int((worst - low) / (high - low) * SHADES))
+    shade = None if worst is None else min(SHADES - 1, max(0, int((worst - low) / (high - low) * SHADES)))
     failed = sum(row["verdict"] == "failed" for row in rows)
     return Cell(worst, shade, len(rows), failed, tuple(row["name"] for row in rows[:3]))

@@ -9,7 +9,7 @@ from pytest_quantcheck.errors import printable
 from pytest_quantcheck.quantities import format_shape
 from pytest_quantcheck.report.run import ArtifactRun
 
-WEIGHT = ("shape", "scheme", "stored as", "bits", "bytes")
+WEIGHT = ("bytes", "bits", "shape", "stored as")
 FIDELITY = ("SQNR dB", "expected", "gain", "bias", "max error", "worst block", "verdict")
 TEXTS = ("tensor", "shape", "scheme", "stored as", "verdict")
 
@@ -29,7 +29,7 @@ def table(artifact: ArtifactRun) -> Table:
     weighed = _by_name(artifact["inspect"])
     compared = _by_name(artifact["compare"])
     by_size = sorted(weighed, key=lambda name: -sum(weighed[name]["bytes"].values()))
-    header = ("tensor", *(WEIGHT if weighed else ()), *(FIDELITY if compared else ()))
+    header = ("tensor", "scheme", *(FIDELITY if compared else ()), *(WEIGHT if weighed else ()))
     return Table(header, [_row(name, weighed, compared) for name in dict.fromkeys([*compared, *by_size])])
 
 
@@ -39,22 +39,26 @@ def _by_name(document: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]
 
 
 def _row(name: str, weighed: Mapping[str, Any], compared: Mapping[str, Any]) -> tuple[str, ...]:
-    left = _weight_cells(weighed.get(name)) if weighed else ()
-    right = fidelity_cells(compared.get(name)) if compared else ()
-    return (printable(name), *left, *right)
+    tensor, row = weighed.get(name), compared.get(name)
+    fidelity = fidelity_cells(row) if compared else ()
+    weight = _weight_cells(tensor) if weighed else ()
+    return (printable(name), _scheme(tensor or row or {}), *fidelity, *weight)
+
+
+def _scheme(tensor: Mapping[str, Any]) -> str:
+    role = tensor.get("role", "parameter")
+    return f"{tensor['scheme']}{'' if role == 'parameter' else f' ({role})'}"
 
 
 def _weight_cells(tensor: Mapping[str, Any] | None) -> tuple[str, ...]:
     if tensor is None:
         return ("",) * len(WEIGHT)
-    role = "" if tensor["role"] == "parameter" else f" ({tensor['role']})"
     stored = tensor["stored"]
     return (
-        format_shape(tuple(tensor["shape"])),
-        f"{tensor['scheme']}{role}",
-        f"{stored['dtype']} {format_shape(tuple(stored['shape']))}",
-        f"{tensor['bits_per_weight']:.2f}",
         f"{sum(tensor['bytes'].values()):,}",
+        f"{tensor['bits_per_weight']:.2f}",
+        format_shape(tuple(tensor["shape"])),
+        f"{stored['dtype']} {format_shape(tuple(stored['shape']))}",
     )
 
 

@@ -65,7 +65,7 @@ def views(tree: Mapping[str, Any], prefix: str) -> list[View]:
     if not whole or not tree["children"]:
         return []
     names = (f"{prefix}-{number}" for number in range(whole))
-    return list(_views(_branch(tree, whole, names), whole, ()))
+    return list(_views(_branch(tree, whole, names)._replace(name="all bytes"), whole, ()))
 
 
 def _views(branch: Branch, whole: int, above: tuple[Branch, ...]) -> Iterator[View]:

@@ -19,7 +19,7 @@
 
     const line = (at) => {
       const tr = document.createElement("tr");
-      if (rows[at].at(-1) === "failed") tr.className = "bad";
+      if (rows[at].includes("failed", 2)) tr.className = "bad";
       rows[at].forEach((cell, column) => {
         const td = tr.insertCell();
         td.className = texts[column];
