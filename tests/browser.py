@@ -50,7 +50,10 @@ class Browser:
     def open(self, path: Path | str, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """Show a page in a window of this size and wait until it is loaded."""
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self._loaded = False
         address = path.resolve().as_uri() if isinstance(path, Path) else path
         self("Page.navigate", url=address)

@@ -60,9 +60,7 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
 def _grid(stack: str, places: Mapping[tuple[str, int], list[Row]], low: float, high: float) -> Grid:
     layers = tuple(sorted({layer for _, layer in places}))
     modules = sorted({module for module, _ in places})
-    cells = {
-        module: tuple(_cell(places.get((module, layer), []), low, high) for layer in layers) for module in modules
-    }
+    cells = {module: tuple(_cell(places.get((module, layer), []), low, high) for layer in layers) for module in modules}
     return Grid(stack, layers, cells, low, high)
 
 

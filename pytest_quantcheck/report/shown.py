@@ -8,16 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_quantcheck.errors import printable
-from pytest_quantcheck.report.run import Run
+from pytest_quantcheck.report.run import Checked, Run
 
 
 def shown(run: Run) -> Run:
     """Return the run with all texts on one line and printable; only a project's own message keeps its lines."""
     copy: Run = _printable(run)
     for artifact, original in zip(copy["artifacts"], run["artifacts"], strict=True):
-        for checked, first in zip(artifact["checks"], original["checks"], strict=True):
-            if first["message"] is not None:
-                checked["message"] = "\n".join(map(printable, first["message"].strip().splitlines()))
+        artifact["checks"] = [checked_shown(checked) for checked in original["checks"]]
+    return copy
+
+
+def checked_shown(checked: Checked) -> Checked:
+    """Return one check with all texts printable."""
+    copy: Checked = _printable(checked)
+    if checked["message"] is not None:
+        copy["message"] = "\n".join(map(printable, checked["message"].strip().splitlines()))
     return copy
 
 
