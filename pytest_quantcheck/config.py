@@ -16,7 +16,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytest_quantcheck import lock
@@ -29,6 +29,7 @@ LIMIT = 4 << 20
 TEXTS = ("path", "name", "reference", "message")
 _READERS = {check.key: check.read for check in CHECKS}
 _MAGIC = re.compile(r"[*?\[]")
+_SHARDED = re.compile(r"\.index\.json$|-of-\d+\.\w+$")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -109,6 +110,22 @@ def load(path: str) -> Config:
         for entry in _entries(_Table(path, table, _own_lines(lines, (*prefix, "artifact", index))))
     ]
     return Config(path, tuple(_named(found)))
+
+
+def having(config: Config, paths: Iterable[str], keys: Collection[str]) -> Config:
+    """Return a configuration with only the artifacts that have one of the keys and that one of the files belongs to."""
+    real = {os.path.realpath(path) for path in paths}
+    everything = os.path.realpath(config.path) in real
+    chosen = [entry for entry in config.entries if any(key in entry.settings for key in keys)]
+    return Config(config.path, tuple(entry for entry in chosen if everything or _holds(entry, real)))
+
+
+def _holds(entry: Entry, real: set[str]) -> bool:
+    """Whether one of the files is the artifact, lies in its folder, or may be a shard beside its first or its index."""
+    path = os.path.realpath(entry.path)
+    if _SHARDED.search(path):
+        path = os.path.dirname(path)
+    return any(file == path or file.startswith(path + os.sep) for file in real)
 
 
 def _text(path: str) -> str:

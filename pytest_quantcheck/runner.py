@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -22,6 +22,12 @@ from pytest_quantcheck.report.run import ArtifactRun, Checked, Document, Run
 
 CHANGES = 1000  # tensors of a difference that a report lists
 _RUN = {check.key: check.run for check in CHECKS}
+
+
+def require_update_allowed(forced: bool) -> None:
+    """Raise a ValueError in CI, which must not accept what it is there to refuse."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false") and not forced:
+        raise ValueError("baselines are not updated in CI (CI is set): update where you can look at what changed")
 
 
 class Outcome(NamedTuple):
@@ -61,8 +67,11 @@ class Plan(NamedTuple):
 
 
 def plan(config: Config, *, device: str = "cpu", update: bool = False) -> Plan:
-    """Return what is to be done; a lock that cannot be read is a `FormatError`."""
-    return Plan(config, lock.read(config.lock), device, update)
+    """Return what is to be done; a lock that cannot be read is a `FormatError`, an update of nothing a `ValueError`."""
+    planned = Plan(config, lock.read(config.lock), device, update)
+    if update and not any("baseline" in entry.settings for entry in planned.entries()):
+        raise ValueError(f"{config.path}: no artifact has `baseline`, so there is nothing to update")
+    return planned
 
 
 def run(planned: Plan, *, only: str = "", keys: Sequence[str] = ()) -> Run:
@@ -147,16 +156,6 @@ def of_outcomes(planned: Plan, outcomes: Outcomes, *, partial: bool) -> Run:
     chosen = [entry for entry in planned.entries() if any((entry.name, key) in outcomes for key in entry.settings)]
     runs = [artifact_run(entry, planned.opened(entry), outcomes) for entry in chosen]
     return record(planned.config, runs, partial=partial)
-
-
-def lines(checked: Checked) -> Iterator[str]:
-    """Yield a check that did not pass as lines: the verdict, the limit, the project's own words, the details."""
-    yield printable(checked["headline"])
-    if checked["where"]:
-        yield printable(f"  the limit is in {checked['where']}")
-    if checked["message"]:
-        yield printable(f"  {checked['message']}")
-    yield from (printable(f"  {line}") for line in checked["details"])
 
 
 def _verdict(planned: Plan, entry: Entry, key: str, opened: Opened) -> Verdict:
