@@ -180,10 +180,10 @@ def check(
     Exits with 1 where a check failed, with 2 where something could not be checked.
     """
     from pytest_quantcheck import config as configs
-    from pytest_quantcheck import runner
+    from pytest_quantcheck import lock, runner
 
     if update:
-        runner.require_update_allowed(force)
+        lock.require_update_allowed(force)
     planned = runner.plan(configs.load(config or configs.find()), device=device, update=update)
     return _report(runner.run(planned, only=only), as_json, reports)
 
@@ -199,7 +199,7 @@ def _report(run: Run, as_json: bool, reports: Mapping[str, str | None]) -> int:
     else:
         print_run(run, open_console())
     sinks.write(run, reports)
-    sinks.tell_github(run)
+    sinks.tell_github(run, lambda text: print(text, file=sys.stderr))
     return run["exit_code"]
 
 

@@ -5,7 +5,7 @@
 | `[[artifact]]`             | one table each; in pyproject.toml `[[tool.quantcheck.artifact]]`        |
 | `path`                     | a path or glob, from the folder of the file                             |
 | `name`, `reference`        | what it is called, and its unquantized model                            |
-| `message`                  | the project's own words for a failure                                   |
+| `message`, `marks`         | the project's own words for a failure, and marks of its tests in pytest |
 | `size = "90 MB"` ...       | the checks, see `keys.CHECKS`                                           |
 """
 
@@ -42,6 +42,7 @@ class Entry(NamedTuple):
     where: Mapping[str, str]  # `quantcheck.toml:12`, by key
     reference: str | None = None
     message: str | None = None
+    marks: tuple[str, ...] = ()
     error: str | None = None
 
     @property
@@ -178,7 +179,8 @@ def _entries(table: _Table) -> Iterator[Entry]:
     if not settings:
         raise ValueError(f"{table.at('')}: checks nothing (give at least one of {', '.join(_READERS)})")
     where = {key: table.at(key if key in table.values else "reference") for key in ("path", *settings)}
-    blank = Entry("", "", settings, where, reference, table.values.get("message"))
+    marks = tuple(table.values.get("marks", ()))
+    blank = Entry("", "", settings, where, reference, table.values.get("message"), marks)
     pattern = _resolved(table, "path")
     assert pattern is not None
     if not _MAGIC.search(pattern) or os.path.lexists(pattern):
@@ -198,8 +200,10 @@ def _check_keys(table: _Table) -> None:
     for key, value in table.values.items():
         if key in ELSEWHERE:
             raise ValueError(f"{table.at(key)}: `{key}`: {ELSEWHERE[key]}")
-        if key not in _READERS and key not in TEXTS:
-            raise ValueError(f"{table.at(key)}: {closest('key', key, [*TEXTS, *_READERS])}")
+        if key not in _READERS and key not in (*TEXTS, "marks"):
+            raise ValueError(f"{table.at(key)}: {closest('key', key, [*TEXTS, 'marks', *_READERS])}")
+        if key == "marks" and not (isinstance(value, list) and all(isinstance(mark, str) for mark in value)):
+            raise ValueError(f"{table.at(key)}: `marks` is not a list of texts")
         if key in TEXTS and not (isinstance(value, str) and value):
             raise ValueError(f"{table.at(key)}: `{key}` is not a text")
     if "path" not in table.values:

@@ -51,7 +51,7 @@ class Opened:
         try:
             self.artifact  # noqa: B018
         except COULD_NOT_CHECK as error:
-            return str(error)
+            return first_line(error)
         return None
 
     @cached_property
@@ -89,6 +89,11 @@ class Check(NamedTuple):
     run: Callable[[Opened, Any], Verdict]
     value: str  # what may be written, as the documentation has it
     about: str
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line: torch goes on for many."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def closest(what: str, name: str, known: Collection[str]) -> str:

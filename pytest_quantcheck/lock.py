@@ -29,6 +29,13 @@ from pytest_quantcheck.report.atomic import write_text
 NAME = "quantcheck.lock"
 SCHEMA = 1
 LIMIT = 256 << 20
+UPDATE = "QUANTCHECK_UPDATE"  # set to 1, or to `force` in CI, it has baselines recorded anew
+
+
+def require_update_allowed(forced: bool) -> None:
+    """Raise a ValueError in CI, which must not accept what it is there to refuse."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false") and not forced:
+        raise ValueError("baselines are not updated in CI (CI is set): update where you can look at what changed")
 
 
 def read(path: str) -> dict[str, Record]:

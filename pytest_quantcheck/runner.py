@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -16,18 +16,12 @@ from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.checks.why import explain
 from pytest_quantcheck.config import Config, Entry
 from pytest_quantcheck.errors import printable
-from pytest_quantcheck.keys import CHECKS, COULD_NOT_CHECK, Opened
+from pytest_quantcheck.keys import CHECKS, COULD_NOT_CHECK, Opened, first_line
 from pytest_quantcheck.report import json as documents
 from pytest_quantcheck.report.run import ArtifactRun, Checked, Document, Run
 
 CHANGES = 1000  # tensors of a difference that a report lists
 _RUN = {check.key: check.run for check in CHECKS}
-
-
-def require_update_allowed(forced: bool) -> None:
-    """Raise a ValueError in CI, which must not accept what it is there to refuse."""
-    if os.environ.get("CI", "").lower() not in ("", "0", "false") and not forced:
-        raise ValueError("baselines are not updated in CI (CI is set): update where you can look at what changed")
 
 
 class Outcome(NamedTuple):
@@ -87,7 +81,7 @@ def run(planned: Plan, *, only: str = "", keys: Sequence[str] = ()) -> Run:
                 found.append(artifact_run(entry, opened, outcomes))
     except KeyboardInterrupt:
         partial = True
-    return record(planned.config, found, partial=partial)
+    return record(planned.config.path, found, partial=partial)
 
 
 def check_id(entry: Entry, key: str) -> str:
@@ -103,7 +97,7 @@ def check(planned: Plan, entry: Entry, key: str, opened: Opened) -> Outcome:
     try:
         verdict = _verdict(planned, entry, key, opened)
     except COULD_NOT_CHECK as error:
-        return Outcome(_checked(entry, key, f"{key}: {error}"))
+        return Outcome(_checked(entry, key, f"{key}: {first_line(error)}"))
     compare = vars(opened).get("comparison") if key in ("fidelity", "baseline") else None
     change = opened.change if key == "baseline" and not entry.is_stale else None
     return Outcome(
@@ -137,25 +131,37 @@ def artifact_run(entry: Entry, opened: Opened, outcomes: Outcomes) -> ArtifactRu
     }
 
 
-def record(config: Config, artifacts: list[ArtifactRun], *, partial: bool) -> Run:
+def record(config: str | None, artifacts: list[ArtifactRun], *, partial: bool) -> Run:
     """Return the whole run. Exit code 2: something could not be checked, or nothing was; 1: a check failed."""
     statuses = {checked["status"] for artifact in artifacts for checked in artifact["checks"]}
     unread = any(artifact["error"] for artifact in artifacts)
     return {
         "schema": 1,
         "version": version("pytest-quantcheck"),
-        "config": config.path,
+        "config": config,
         "partial": partial,
         "exit_code": 2 if "error" in statuses or unread or not statuses else 1 if "failed" in statuses else 0,
         "artifacts": artifacts,
     }
 
 
-def of_outcomes(planned: Plan, outcomes: Outcomes, *, partial: bool) -> Run:
-    """Return the run that outcomes of several processes make together, in the order of the configuration."""
-    chosen = [entry for entry in planned.entries() if any((entry.name, key) in outcomes for key in entry.settings)]
-    runs = [artifact_run(entry, planned.opened(entry), outcomes) for entry in chosen]
-    return record(planned.config, runs, partial=partial)
+def of_outcomes(planned: Plan, outcomes: Outcomes, lost: Collection[str] = ()) -> list[ArtifactRun]:
+    """Return what outcomes of several processes make together, in the order of the configuration.
+
+    `lost` are the ids of checks whose process died.
+    """
+    entries = {entry.name: entry for entry in planned.entries()}
+    for name, _ in outcomes:
+        entries.setdefault(name, _stale(name, planned.config))  # this run took its record out
+    died = {
+        (entry.name, key): Outcome(_checked(entry, key, f"{key}: the process that made this check died"))
+        for entry in entries.values()
+        for key in entry.settings
+        if check_id(entry, key) in lost
+    }
+    every = {**died, **outcomes}
+    chosen = [entry for entry in entries.values() if any((entry.name, key) in every for key in entry.settings)]
+    return [artifact_run(entry, planned.opened(entry), every) for entry in chosen]
 
 
 def _verdict(planned: Plan, entry: Entry, key: str, opened: Opened) -> Verdict:

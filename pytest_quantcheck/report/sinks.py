@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from pytest_quantcheck.report.atomic import write_text
@@ -26,11 +25,11 @@ def write(run: Run, paths: Mapping[str, str | None]) -> None:
             write_text(path, render(run, kind))
 
 
-def tell_github(run: Run, environment: Mapping[str, str] = os.environ) -> None:
+def tell_github(run: Run, write: Callable[[str], object]) -> None:
     """Annotate the lines of the limits and fill the job summary, where this is a GitHub workflow."""
-    if environment.get("GITHUB_ACTIONS") == "true":
-        print(render(run, "annotations"), file=sys.stderr, flush=True)
-    summary = environment.get("GITHUB_STEP_SUMMARY")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        write(render(run, "annotations"))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with open(summary, "a", encoding="utf-8") as file:  # other steps write to it too
             file.write(render(run, "markdown"))
