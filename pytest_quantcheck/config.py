@@ -27,6 +27,7 @@ from pytest_quantcheck.toml_lines import Path, key_lines
 NAME = "quantcheck.toml"
 LIMIT = 4 << 20
 TEXTS = ("path", "name", "reference", "message")
+OWN = (*TEXTS, "marks")
 _READERS = {check.key: check.read for check in CHECKS}
 _MAGIC = re.compile(r"[*?\[]")
 _SHARDED = re.compile(r"\.index\.json$|-of-\d+\.\w+$")
@@ -200,8 +201,8 @@ def _check_keys(table: _Table) -> None:
     for key, value in table.values.items():
         if key in ELSEWHERE:
             raise ValueError(f"{table.at(key)}: `{key}`: {ELSEWHERE[key]}")
-        if key not in _READERS and key not in (*TEXTS, "marks"):
-            raise ValueError(f"{table.at(key)}: {closest('key', key, [*TEXTS, 'marks', *_READERS])}")
+        if key not in _READERS and key not in OWN:
+            raise ValueError(f"{table.at(key)}: {closest('key', key, [*OWN, *_READERS])}")
         if key == "marks" and not (isinstance(value, list) and all(isinstance(mark, str) for mark in value)):
             raise ValueError(f"{table.at(key)}: `marks` is not a list of texts")
         if key in TEXTS and not (isinstance(value, str) and value):

@@ -23,6 +23,7 @@ from typing import Any
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.checks.baseline import Record
 from pytest_quantcheck.checks.diff import Outline, Stored
+from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.report.atomic import write_text
 
@@ -30,6 +31,14 @@ NAME = "quantcheck.lock"
 SCHEMA = 1
 LIMIT = 256 << 20
 UPDATE = "QUANTCHECK_UPDATE"  # set to 1, or to `force` in CI, it has baselines recorded anew
+
+
+def updating() -> bool:
+    """Return whether this process records baselines anew, as `pytest --quantcheck-update` says."""
+    wanted = os.environ.get(UPDATE, "")
+    if wanted:
+        require_update_allowed(forced=wanted == "force")
+    return bool(wanted)
 
 
 def require_update_allowed(forced: bool) -> None:
@@ -65,16 +74,19 @@ def store(path: str, changes: Mapping[str, Record | None]) -> None:
         write_text(path, render({name: record for name, record in records.items() if record}))
 
 
+def update(path: str, name: str, new: Record) -> Verdict:
+    """Record an artifact anew; passes only where nothing changed, so that no run both accepts and agrees."""
+    old = read(path).get(name)
+    if old is not None and _rendered(old._replace(by=new.by, version=new.version)) == _rendered(new):
+        return Verdict("baseline", True, f"baseline: as recorded in {path}")
+    store(path, {name: new})
+    return Verdict("baseline", False, f"baseline: recorded in {path}: commit it, and run again without updating")
+
+
 def render(records: Mapping[str, Record]) -> str:
     """Return the text of a lock."""
     artifacts = ",\n".join(f"  {json.dumps(name)}: {_rendered(record)}" for name, record in sorted(records.items()))
     return f'{{\n "schema": {SCHEMA},\n "artifacts": {{\n{artifacts}\n }}\n}}\n'
-
-
-def equal(one: Record, other: Record) -> bool:
-    """Return whether two records say the same of an artifact, whoever wrote them."""
-    same = Record("", "", one.outline), Record("", "", other.outline)
-    return _rendered(same[0]) == _rendered(same[1])
 
 
 def _rendered(record: Record) -> str:

@@ -24,9 +24,12 @@ from pytest_quantcheck.items import MARK, ConfigFile, Merger, add_outcome
 __all__ = ["load_quantized", "quant_device", "quantized_checkpoint", "quantized_model"]
 
 _DEVICE = "Device for quantized models: auto (the best there is), cpu, cuda, cuda:1, xpu ..."
-_REPORT = "Write what the checks of quantcheck.toml found, from all workers, as {}."
+_JSON, _HTML, _MARKDOWN = (
+    f"Write what the checks of quantcheck.toml found, from all workers, as {kind}."
+    for kind in ("JSON", "one HTML file", "Markdown")
+)
 _UPDATE = "Record the baselines anew; a test whose record changes fails once. Refused in CI."
-_FORCE_UPDATE = "Record the baselines anew in CI as well."
+_FORCE = "Record the baselines anew in CI as well."
 _REQUIRE_GPU = "Fail instead of skipping where the GPU that a test wants is not there."
 
 
@@ -35,15 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("quantcheck", "quantcheck: tests of quantized models")
     group.addoption("--quantcheck-device", dest="quantcheck_device", metavar="DEVICE", help=_DEVICE)
     group.addoption("--quantcheck-require-gpu", dest="quantcheck_require_gpu", action="store_true", help=_REQUIRE_GPU)
-    group.addoption("--quantcheck-json", dest="quantcheck_json", metavar="PATH", help=_REPORT.format("JSON"))
-    group.addoption("--quantcheck-html", dest="quantcheck_html", metavar="PATH", help=_REPORT.format("one HTML file"))
-    group.addoption(
-        "--quantcheck-markdown", dest="quantcheck_markdown", metavar="PATH", help=_REPORT.format("Markdown")
-    )
+    group.addoption("--quantcheck-json", dest="quantcheck_json", metavar="PATH", help=_JSON)
+    group.addoption("--quantcheck-html", dest="quantcheck_html", metavar="PATH", help=_HTML)
+    group.addoption("--quantcheck-markdown", dest="quantcheck_markdown", metavar="PATH", help=_MARKDOWN)
     group.addoption("--quantcheck-update", dest="quantcheck_update", action="store_true", help=_UPDATE)
-    group.addoption(
-        "--quantcheck-force-update", dest="quantcheck_force_update", action="store_true", help=_FORCE_UPDATE
-    )
+    group.addoption("--quantcheck-force-update", dest="quantcheck_force_update", action="store_true", help=_FORCE)
     parser.addini("quantcheck_device", _DEVICE, type="string", default="")
     parser.addini("quantcheck_require_gpu", _REQUIRE_GPU, type="bool", default=False)
 
@@ -121,4 +120,10 @@ def _allow_updates(config: pytest.Config) -> None:
     except ValueError as error:
         raise pytest.UsageError(f"quantcheck: {error} (--quantcheck-force-update)") from None
     os.environ[lock.UPDATE] = "force" if force else "1"
-    config.add_cleanup(lambda: os.environ.pop(lock.UPDATE, None))
+    config.add_cleanup(_forbid_updates)
+
+
+def _forbid_updates() -> None:
+    from pytest_quantcheck import lock
+
+    os.environ.pop(lock.UPDATE, None)

@@ -181,10 +181,7 @@ def _updated(config: Config, entry: Entry, opened: Opened) -> Verdict:
         lock.store(config.lock, {entry.name: None})
         return Verdict("baseline", False, f"baseline: the record of `{entry.name}` is taken out of {config.lock}")
     new = Record(os.path.basename(config.path), version("pytest-quantcheck"), opened.outline)
-    if opened.record is not None and lock.equal(opened.record, new):
-        return Verdict("baseline", True, f"baseline: as recorded in {config.lock}")
-    lock.store(config.lock, {entry.name: new})
-    return Verdict("baseline", False, f"baseline: recorded in {config.lock}: commit it, and run again without updating")
+    return lock.update(config.lock, entry.name, new)
 
 
 def _stale(name: str, config: Config) -> Entry:
