@@ -36,17 +36,17 @@ class _Pair(NamedTuple):
 
 def mark(tensors: list[LogicalTensor], container: Container) -> tuple[list[LogicalTensor], list[Finding]]:
     """Return the tensors with copies of the embedding as `tied`, and what there is to say about them."""
-    configured = container.configs.get("config.json", {}).get("tie_word_embeddings")
-    if container.kind == "live" or not (configured is True or (configured is None and container.kind in SILENT)):
+    config = container.configs.get("config.json", {})
+    if container.kind == "live" or config.get("tie_word_embeddings", container.kind in SILENT) is not True:
         return tensors, []
     copies: dict[str, str] = {}
-    findings = []
+    findings: list[Finding] = []
     for pair in _pairs(tensors, container):
         # Nearly every GGUF has a head of its own, in another type than the embedding: nothing worth torch.
         same = content.same_values(*pair, decoded=container.kind != "gguf")
         if same:
             copies[pair.head.stored.name] = pair.embedding.name
-        findings += _said(pair, same, configured=configured is True, kind=container.kind)
+        findings += _said(pair, same, configured="tie_word_embeddings" in config, kind=container.kind)
     return [_tied(tensor, copies) for tensor in tensors] if copies else tensors, findings
 
 
@@ -57,14 +57,16 @@ def _tied(tensor: LogicalTensor, copies: dict[str, str]) -> LogicalTensor:
 
 def _pairs(tensors: list[LogicalTensor], container: Container) -> Iterator[_Pair]:
     """The embedding with each tensor that may be its copy."""
-    if container.kind == "onnx":
-        embedding, *others = _tables(tensors) or [None]
-    else:
-        embedding = next((tensor for tensor in tensors if tensor.name.endswith(EMBEDDINGS)), None)
-        others = [tensor for tensor in tensors if tensor.name.endswith(HEADS)][:1]
-    for other in others:
-        if embedding and other.role != "tied" and content.fits(embedding, other):
-            yield _Pair(embedding, other)
+    found = _tables(tensors) if container.kind == "onnx" else _named(tensors)
+    for other in found[1:]:
+        if other.role != "tied" and content.fits(found[0], other):
+            yield _Pair(found[0], other)
+
+
+def _named(tensors: list[LogicalTensor]) -> list[LogicalTensor]:
+    """The embedding and the head, by their names."""
+    found = [next((t for t in tensors if t.name.endswith(names)), None) for names in (EMBEDDINGS, HEADS)]
+    return [tensor for tensor in found if tensor] if all(found) else []
 
 
 def _tables(tensors: list[LogicalTensor]) -> list[LogicalTensor]:

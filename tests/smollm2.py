@@ -10,6 +10,7 @@ q4 is onnxruntime's MatMulNBits quantizer with blocks of 32, symmetric; q4f16 is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,6 +185,7 @@ def four_bits(model: ModelProto, block: int = 32, *, symmetric: bool = True) -> 
     """Return what onnxruntime's quantizer makes of a model."""
     from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
 
+    quantizer.logger.setLevel(logging.WARNING)  # a line for each node
     made = quantizer.MatMulNBitsQuantizer(model, block_size=block, is_symmetric=symmetric)
     made.process()
     return made.model.model
