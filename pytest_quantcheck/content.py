@@ -61,7 +61,7 @@ def same_values(one: LogicalTensor, other: LogicalTensor, *, decoded: bool = Tru
         if not one.quantized:
             return False
     elif turned and _can_be_crossed(one, other):
-        rows, columns = _windows(one.shape)
+        rows, columns = windows_of(one)
         crossed = _crossing(one, rows, columns)
         return len(set(chain(*crossed))) > 1 and crossed == list(zip(*_crossing(other, columns, rows), strict=True))
     if not decoded or not (one.decoder and other.decoder) or importlib.util.find_spec("torch") is None:
@@ -71,7 +71,7 @@ def same_values(one: LogicalTensor, other: LogicalTensor, *, decoded: bool = Tru
 
 def likeness(one: LogicalTensor, other: LogicalTensor, *, turned: bool, device: str = "cpu") -> Likeness:
     """Return how alike the decoded samples of two tensors are, the second turned first."""
-    rows, columns = _windows(one.shape)
+    rows, columns = windows_of(one)
     first = decoded_sample(one, rows, columns, device).double()
     second = (
         decoded_sample(other, columns, rows, device).t() if turned else decoded_sample(other, rows, columns, device)
@@ -115,9 +115,9 @@ def windows(size: int, length: int = WINDOW) -> list[Window]:
     return [(0, length), (middle, middle + length), (size - length, size)]
 
 
-def _windows(shape: tuple[int, ...]) -> tuple[list[Window], list[Window]]:
-    columns = shape[-1] if shape else 1
-    return windows(math.prod(shape[:-1])), windows(columns)
+def windows_of(tensor: LogicalTensor) -> tuple[list[Window], list[Window]]:
+    """Return the windows of rows and those of columns that are looked at; of a transpose, the other way round."""
+    return windows(tensor.rows), windows(tensor.columns)
 
 
 def _level_db(one: LogicalTensor, other: LogicalTensor) -> float:
