@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks import smoothing
+from pytest_quantcheck.checks.alignment import align
 from pytest_quantcheck.checks.pairing import pair as pair_tensors
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.finding import Finding
@@ -85,9 +86,13 @@ class Comparison(NamedTuple):
 def compare(
     artifact: Artifact, reference: Artifact, limits: Limits | None = None, *, device: str = "cpu"
 ) -> Comparison:
-    """Compare every parameter of `artifact` with the tensor of the same name in `reference`."""
+    """Compare every parameter of `artifact` with the tensor of the same name in `reference`.
+
+    Tensors of an ONNX model that no name matches are matched by their values, and a note says so.
+    """
     limits = limits or Limits()
-    pairing = smoothing.undo(pair_tensors(artifact, reference), device)
+    pairing = align(pair_tensors(artifact, reference), artifact, reference, device)
+    pairing = smoothing.undo(pairing, device)
     rows = [_judge(_measure(pair.tensor, pair.reference, device), pair.tensor, limits) for pair in pairing.pairs]
     findings = list(pairing.findings)
     findings += [Finding("fidelity", "error", row.name, fault) for row in rows for fault in row.faults]
