@@ -101,6 +101,7 @@ def _reason(reason: Reason) -> dict[str, Any]:
         "count": reason.holders,
         "names": list(reason.names),
         "dtypes": list(reason.dtypes),
+        "originals": list(reason.originals),
         "savings": [saving._asdict() for saving in reason.savings],
     }
 
