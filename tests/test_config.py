@@ -171,7 +171,7 @@ def test_what_makes_no_sense_is_one_line_with_file_and_line(tmp_path, monkeypatc
 def test_a_file_without_artifacts_is_refused(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quantcheck.toml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="quantcheck.toml") as error:
+    with pytest.raises(ValueError, match="quantcheck") as error:
         config.load("quantcheck.toml")
     assert said in str(error.value)
 
@@ -199,7 +199,7 @@ def test_pyproject_has_its_own_table_and_the_linters_beside_it(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     text = '[project]\nname = "x"\n[tool.quantcheck.lint]\nselect = ["QC001"]\n'
     (tmp_path / "pyproject.toml").write_text(text)
-    with pytest.raises(ValueError, match="no quantcheck.toml here"):
+    with pytest.raises(ValueError, match="no quantcheck"):
         config.find()
     (tmp_path / "pyproject.toml").write_text(text + '[[tool.quantcheck.artifact]]\npath = "a"\nsize = 9\n')
     assert config.find() == "pyproject.toml"
