@@ -14,9 +14,15 @@ from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.report.run import Run
 from pytest_quantcheck.tensor import LogicalTensor
 
 SCHEMA = 1
+
+
+def render(run: Run) -> str:
+    """Return what `quantcheck check --json` prints."""
+    return dumps(run) + "\n"
 
 
 def dumps(document: Mapping[str, Any]) -> str:
@@ -113,6 +119,7 @@ def _reason(reason: Reason) -> dict[str, Any]:
         "count": reason.holders,
         "names": list(reason.names),
         "dtypes": list(reason.dtypes),
+        "originals": list(reason.originals),
         "savings": [saving._asdict() for saving in reason.savings],
     }
 
