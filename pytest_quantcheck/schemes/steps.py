@@ -131,7 +131,7 @@ def _levels(
 ) -> torch.Tensor:
     import torch
 
-    ordered = torch.tensor(sorted(set(table)), device=device)
+    ordered = torch.tensor(sorted(set(table)), dtype=torch.float32, device=device)
     gaps = ordered.diff()
     end = gaps.new_tensor([float("inf")] if clips else [0.0])
     wider = torch.maximum(torch.cat((end, gaps)), torch.cat((gaps, end)))
