@@ -1,6 +1,6 @@
 """Measuring pairs of tensors: cut into slabs, slabs in parallel, windows that fit the cache, results in order.
 
-    pair    a tensor and its reference, of equal shape or of reversed shape
+    pair    a tensor and its reference, of equal shape
     slab    about `SLAB` values of a pair: what one worker does at once, in any thread or process
     window  about `WINDOW` values of a slab: what is decoded and added up at once
 
@@ -18,7 +18,7 @@ from itertools import groupby
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_quantcheck.checks import window
+from pytest_quantcheck.checks import views, window
 from pytest_quantcheck.checks.metrics import Extremes, Fidelity, Shard, Sums
 from pytest_quantcheck.checks.shards import cuts, pieces
 from pytest_quantcheck.containers import files
@@ -32,7 +32,7 @@ WINDOW = 1 << 19
 GPU_WINDOW = 1 << 24
 ROWS = 4096  # of a window at most, so that no sum over rows is long
 SLAB = 1 << 24
-STRIP = 1 << 22  # values of a transposed reference that are turned at once
+STRIP = 1 << 22  # values of a turned reference that are read at once
 HELD = 1 << 22  # bytes of a part that every window looks into
 THREADS = 8
 
@@ -65,7 +65,7 @@ Pair = tuple[LogicalTensor, LogicalTensor]
 
 
 def measure(tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu") -> Fidelity:
-    """Return the metrics of one tensor against a reference of the same shape, or of the reversed one.
+    """Return the metrics of one tensor against a reference of the same shape (`views` bring others to it).
 
     Raises `NotDecodable` where values cannot be reached.
     """
@@ -173,7 +173,7 @@ def _batches(slabs: Iterable[Slab]) -> Iterator[list[Slab]]:
 def _flat(tensor: LogicalTensor, reference: LogicalTensor) -> Pair:
     """Plain values with very long or very short rows as one column, which can be cut anywhere."""
     columns = tensor.columns
-    plain = not tensor.quantized and not reference.quantized and not _is_turned(tensor, reference)
+    plain = not tensor.quantized and not reference.quantized and not views.is_view(reference)
     if not plain or tensor.paired_rows or reference.paired_rows or 16 <= columns <= WINDOW:
         return tensor, reference
     width = next((width for width in (4096, 1024, 256, 64, 16) if tensor.params % width == 0), 1)
@@ -241,42 +241,18 @@ def _held(tensor: LogicalTensor) -> LogicalTensor:
 
 
 def _reference_rows(slab: Slab, reference: LogicalTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield the windows of a slab with the rows of the reference, turned where it is the other way round."""
+    """Yield the windows of a slab with the rows of the reference; many at once where they are columns of a matrix."""
     if not slab.tensor.params:
         return
     strip = slab.step
-    turned = _is_turned(slab.tensor, reference)
-    if turned:
+    if views.is_turned(reference):
         strip = max(slab.step, STRIP // max(1, slab.tensor.columns) // slab.step * slab.step)
     for low in range(slab.start, slab.stop, strip):
         high = min(low + strip, slab.stop)
-        rows = _turned(reference, low, high, slab.device) if turned else reference.decode(low, high, slab.device)
+        rows = reference.decode(low, high, slab.device)
         for start in range(low, high, slab.step):
             stop = min(start + slab.step, high)
             yield start, stop, rows[start - low : stop - low]
-
-
-def _is_turned(tensor: LogicalTensor, reference: LogicalTensor) -> bool:
-    return tensor.shape != reference.shape or (tensor.transposed and tensor.shape == reference.shape[::-1])
-
-
-def _turned(reference: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    """Return columns `start` up to `stop` of a reference as rows, without decoding more of it at once than a window.
-
-    ->  # (stop - start, reference.rows)
-    """
-    import torch
-
-    turned = torch.empty((stop - start, reference.rows), dtype=torch.float32, device=device)
-    if not reference.quantized and 8 * (stop - start) < reference.columns and reference.paired_rows is None:
-        for row in range(reference.rows):
-            cell = reference._replace(shape=(reference.params, 1))
-            first = row * reference.columns
-            turned[:, row] = cell.decode(first + start, first + stop, device).view(-1)
-        return turned
-    for first, last in reference.windows():
-        turned[:, first:last] = reference.decode(first, last, device)[:, start:stop].t()
-    return turned
 
 
 def _largest(reference: LogicalTensor, device: str) -> float:

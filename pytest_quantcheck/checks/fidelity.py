@@ -7,18 +7,21 @@ failure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.checks.engine import Pair, measure, measure_each
+from pytest_quantcheck.checks import smoothing
+from pytest_quantcheck.checks.alignment import align
+from pytest_quantcheck.checks.engine import measure, measure_each
 from pytest_quantcheck.checks.limits import Limits, judge, outliers, require_matches
 from pytest_quantcheck.checks.metrics import Fidelity, sqnr_db
+from pytest_quantcheck.checks.pairing import Pair
+from pytest_quantcheck.checks.pairing import pair as pair_tensors
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.quantities import counted, format_shape
-from pytest_quantcheck.tensor import LogicalTensor
+from pytest_quantcheck.quantities import counted
 
 __all__ = ["Comparison", "Fidelity", "Limits", "check_fidelity", "compare", "measure", "sqnr_db"]
 
@@ -48,12 +51,14 @@ def compare(
 ) -> Comparison:
     """Compare every parameter of `artifact` with the tensor of the same name in `reference`.
 
+    Tensors of an ONNX model that no name matches are matched by their values, and a note says so.
     The work goes to any `executor` of concurrent.futures, or to `workers` threads; the result is the same to the last
     bit. `progress` is called with the values compared so far and those there are.
     """
     limits = limits or Limits()
     _require_files(artifact, reference, executor)
-    pairs, findings = _pairs(artifact, reference)
+    pairing = smoothing.undo(align(pair_tensors(artifact, reference), artifact, reference, device), device)
+    pairs, findings = pairing.pairs, list(pairing.findings)
     require_matches(limits, [tensor.name for tensor, _ in pairs])
     measured = measure_each(
         pairs, device=device, executor=executor, workers=workers, progress=_progress(pairs, progress)
@@ -74,7 +79,7 @@ def _require_files(artifact: Artifact, reference: Artifact, executor: Executor |
         raise ValueError(f"`{live[0].source}` is a live model: other processes cannot read it, give the path of a file")
 
 
-def _progress(pairs: list[Pair], progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
+def _progress(pairs: Sequence[Pair], progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
     if progress is None:
         return None
     total, done = sum(tensor.params for tensor, _ in pairs), 0
@@ -85,23 +90,6 @@ def _progress(pairs: list[Pair], progress: Callable[[int, int], None] | None) ->
         progress(done, total)
 
     return tell
-
-
-def _pairs(artifact: Artifact, reference: Artifact) -> tuple[list[Pair], list[Finding]]:
-    """The tensors that can be compared, and what is left over on either side."""
-    pairs: list[Pair] = []
-    findings: list[Finding] = []
-    names = _names(artifact, reference)
-    for tensor in artifact.parameters:
-        other = names.get(tensor.name)
-        if other is None:
-            findings += _unmatched(tensor)
-        elif not _aligned(tensor, other):
-            what = f"is {format_shape(tensor.shape)}, the reference has {format_shape(other.shape)}"
-            findings.append(Finding("shape", "error", tensor.name, what))
-        else:
-            pairs.append((tensor, other))
-    return pairs, [*findings, *_left_over(reference, names)]
 
 
 def _vacuous(rows: list[Fidelity]) -> Iterator[Finding]:
@@ -134,41 +122,6 @@ def check_fidelity(comparison: Comparison) -> Verdict:
     names = sorted(by_tensor, key=lambda name: order.get(name or "", -1))
     lines = [f"{name + ': ' if name else ''}{'; '.join(by_tensor[name])}" for name in names]
     return Verdict("dequant-fidelity", not errors, headline, tuple(worst(lines)), comparison.findings)
-
-
-def _names(artifact: Artifact, reference: Artifact) -> Mapping[str, LogicalTensor]:
-    """The reference tensor for each name; a prefix that only one side has (`model.`, `bert.`) is bridged."""
-    theirs = {tensor.name: tensor for tensor in reference.tensors if tensor.role in ("parameter", "tied")}
-    theirs |= {alias: theirs[first] for alias, first in reference.aliases.items() if first in theirs}
-    ours = [tensor.name for tensor in artifact.parameters]
-    found = {name: theirs[name] for name in ours if name in theirs}
-    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in [*ours, *theirs]):
-        for name in ours:
-            bridged = theirs.get(prefix + name) or theirs.get(name.removeprefix(prefix))
-            if bridged is not None:
-                found.setdefault(name, bridged)
-    return found
-
-
-def _unmatched(tensor: LogicalTensor) -> list[Finding]:
-    if tensor.role == "adapter":
-        return [Finding("not-compared", "note", tensor.name, "is an adapter: the reference has none")]
-    severity: Literal["error", "warning"] = "error" if tensor.quantized else "warning"
-    return [Finding("not-compared", severity, tensor.name, "is not in the reference")]
-
-
-def _left_over(reference: Artifact, names: Mapping[str, LogicalTensor]) -> list[Finding]:
-    used = {tensor.name for tensor in names.values()}
-    return [
-        Finding("not-compared", "warning", tensor.name, "is in the reference only")
-        for tensor in reference.parameters
-        if tensor.name not in used
-    ]
-
-
-def _aligned(tensor: LogicalTensor, other: LogicalTensor) -> bool:
-    """Whether the shapes agree, or are reversed where the unquantized model keeps the matrix the other way round."""
-    return tensor.shape == other.shape or (tensor.transposed and tensor.shape == other.shape[::-1])
 
 
 def _margin(row: Fidelity) -> tuple[bool, float]:
