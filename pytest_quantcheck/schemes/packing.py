@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
+# bitsandbytes' codes 0 to 15, functional.py `get_4bit_type`.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+
 
 def small_float_table(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
     """Return the value of every code of a small float without infinities, sign in the highest bit.

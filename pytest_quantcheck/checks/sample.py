@@ -1,0 +1,84 @@
+"""A few windows of a tensor and of its reference, decoded: enough to try a hypothesis, whatever the tensor's size.
+
+    windows  at most four, whole rows, evenly spread, each starting where a block starts
+    head     the first rows, more of them: whole attention heads for questions about the order of rows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_quantcheck.checks import fidelity
+from pytest_quantcheck.tensor import LogicalTensor
+
+if TYPE_CHECKING:
+    import torch
+
+VALUES = 1 << 18
+WINDOWS = 4
+HEAD_VALUES = 1 << 20
+HEAD_ROWS = 512
+ALIGNED = 64  # rows; packed words of outputs start there
+
+
+class Window(NamedTuple):
+    """Rows `start` up to `stop` as they decode and as they should be, both float32 (rows, columns)."""
+
+    start: int
+    stop: int
+    decoded: torch.Tensor
+    reference: torch.Tensor
+
+
+class Sample:
+    """The windows of one pair, read once. `transposed`: the reference keeps the matrix the other way round."""
+
+    def __init__(self, tensor: LogicalTensor, reference: LogicalTensor, *, transposed: bool, device: str) -> None:
+        self.tensor = tensor
+        self.reference = reference
+        self.device = device
+        self._turned = reference.decode(device=device).t() if transposed else None
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that every hypothesis is tried on."""
+        rows, size = self.tensor.rows, max(1, VALUES // WINDOWS // max(1, self.tensor.columns))
+        if WINDOWS * size >= rows:
+            return (self.window(0, rows),)
+        aligned = math.lcm(ALIGNED, _rows_of_block(self.tensor))
+        starts = [(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)]
+        return tuple(self.window(start, start + size) for start in dict.fromkeys(starts))
+
+    @cached_property
+    def head(self) -> Window:
+        """The first rows."""
+        return self.window(0, min(self.tensor.rows, HEAD_ROWS, max(1, HEAD_VALUES // max(1, self.tensor.columns))))
+
+    @cached_property
+    def stored_db(self) -> float:
+        """The SQNR of the windows as they are stored."""
+        return sqnr_db((window.decoded, window.reference) for window in self.windows)
+
+    def window(self, start: int, stop: int) -> Window:
+        """Decode some rows of both sides."""
+        decoded = self.tensor.decode(start, stop, self.device).view(stop - start, -1)
+        turned = self._turned
+        reference = self.reference.decode(start, stop, self.device) if turned is None else turned[start:stop]
+        return Window(start, stop, decoded, reference.reshape(decoded.shape))
+
+
+def sqnr_db(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Return signal to noise of pairs of decoded and reference, in dB, NaN where there is none."""
+    signal = noise = 0.0
+    for decoded, reference in pairs:
+        signal += float(reference.double().square().sum())
+        noise += float((decoded.double() - reference.double()).square().sum())
+    return fidelity.sqnr_db(signal, noise)
+
+
+def _rows_of_block(tensor: LogicalTensor) -> int:
+    """After how many rows a block that runs on across rows starts with a row again."""
+    return tensor.block // math.gcd(max(1, tensor.columns), tensor.block) if tensor.block else 1
