@@ -13,13 +13,14 @@ Sums are kept in float64. NaN fails every limit. Comparing nothing is a failure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks import smoothing
+from pytest_quantcheck.checks.pairing import pair as pair_tensors
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.quantities import counted, format_shape
+from pytest_quantcheck.quantities import counted
 from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
@@ -86,18 +87,9 @@ def compare(
 ) -> Comparison:
     """Compare every parameter of `artifact` with the tensor of the same name in `reference`."""
     limits = limits or Limits()
-    rows, findings = [], []
-    names = _names(artifact, reference)
-    for tensor in artifact.parameters:
-        other = names.get(tensor.name)
-        if other is None:
-            findings += _unmatched(tensor)
-        elif _aligned(tensor, other) is None:
-            what = f"is {format_shape(tensor.shape)}, the reference has {format_shape(other.shape)}"
-            findings.append(Finding("shape", "error", tensor.name, what))
-        else:
-            rows.append(_judge(_measure(tensor, other, device), tensor, limits))
-    findings += _left_over(reference, names)
+    pairing = smoothing.undo(pair_tensors(artifact, reference), device)
+    rows = [_judge(_measure(pair.tensor, pair.reference, device), pair.tensor, limits) for pair in pairing.pairs]
+    findings = list(pairing.findings)
     findings += [Finding("fidelity", "error", row.name, fault) for row in rows for fault in row.faults]
     quantized = [row for row in rows if row.scheme != "plain"]
     if not quantized:
@@ -136,51 +128,13 @@ def sqnr_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _names(artifact: Artifact, reference: Artifact) -> Mapping[str, LogicalTensor]:
-    """The reference tensor for each name; a prefix that only one side has (`model.`, `bert.`) is bridged."""
-    theirs = {tensor.name: tensor for tensor in reference.tensors if tensor.role in ("parameter", "tied")}
-    theirs |= {alias: theirs[first] for alias, first in reference.aliases.items() if first in theirs}
-    ours = [tensor.name for tensor in artifact.parameters]
-    found = {name: theirs[name] for name in ours if name in theirs}
-    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in [*ours, *theirs]):
-        for name in ours:
-            bridged = theirs.get(prefix + name) or theirs.get(name.removeprefix(prefix))
-            if bridged is not None:
-                found.setdefault(name, bridged)
-    return found
-
-
-def _unmatched(tensor: LogicalTensor) -> list[Finding]:
-    if tensor.role == "adapter":
-        return [Finding("not-compared", "note", tensor.name, "is an adapter: the reference has none")]
-    severity: Literal["error", "warning"] = "error" if tensor.quantized else "warning"
-    return [Finding("not-compared", severity, tensor.name, "is not in the reference")]
-
-
-def _left_over(reference: Artifact, names: Mapping[str, LogicalTensor]) -> list[Finding]:
-    used = {tensor.name for tensor in names.values()}
-    return [
-        Finding("not-compared", "warning", tensor.name, "is in the reference only")
-        for tensor in reference.parameters
-        if tensor.name not in used
-    ]
-
-
-def _aligned(tensor: LogicalTensor, other: LogicalTensor) -> bool | None:
-    """Whether the reference must be transposed; None where the shapes do not fit either way."""
-    if tensor.transposed and tensor.shape == other.shape[::-1]:
-        return True
-    return False if tensor.shape == other.shape else None
-
-
 def _measure(tensor: LogicalTensor, other: LogicalTensor, device: str) -> Fidelity:
     """Stream both sides and add up; windows end where blocks end."""
     sums = _Sums(tensor.block or DEFAULT_BLOCK)
-    turned = other.decode(device=device).t() if _aligned(tensor, other) else None
     step = _rows_per_window(tensor, sums.block)
     for start in range(0, tensor.rows, step):
         stop = min(start + step, tensor.rows)
-        reference = other.decode(start, stop, device) if turned is None else turned[start:stop]
+        reference = other.decode(start, stop, device)
         sums.add(tensor.decode(start, stop, device).reshape(-1), reference.reshape(-1))
     return sums.result(tensor)
 
