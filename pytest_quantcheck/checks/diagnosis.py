@@ -10,11 +10,11 @@ What nothing proves is told by its signature in gain and bias, and what has no s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from pytest_quantcheck.checks.hypotheses import HYPOTHESES, Attempt
-from pytest_quantcheck.checks.sample import Sample, sqnr_db
+from pytest_quantcheck.checks.hypotheses import HYPOTHESES
+from pytest_quantcheck.checks.sample import Attempt, Sample, sqnr_db
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import LogicalTensor
 
@@ -44,15 +44,16 @@ class Diagnosis(NamedTuple):
         return f"{proof}: {self.advice}" if self.advice else proof
 
 
-def diagnose(tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu") -> Diagnosis | None:
+def diagnose(
+    tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu", near: int | None = None
+) -> Diagnosis | None:
     """Return what is likely wrong with a tensor that does not decode to its reference, or None where nothing shows.
 
-    Both have the same shape, or the transposed one where `tensor.transposed` says so. A bounded sample is decoded.
+    Both have the same shape. A bounded sample is decoded, `near` a row among it where that is known to be wrong.
     """
     if not tensor.params:
         return None
-    transposed = tensor.transposed and tensor.shape == reference.shape[::-1]
-    sample = Sample(tensor, reference, transposed=transposed, device=device)
+    sample = Sample(tensor, reference, device=device, near=near)
     proved = list(_proved(sample))
     if not proved:
         return _signature(sample)
@@ -107,7 +108,9 @@ def _signature(sample: Sample) -> Diagnosis | None:
     if math.isnan(gain) or math.isinf(gain):
         return None
     if abs(gain) < UNRELATED and stored < 0:
-        words = f"gain {gain:.2f}: codes in another order, read by another table, or other weights give values unrelated"
+        words = (
+            f"gain {gain:.2f}: codes in another order, read by another table, or other weights give values unrelated"
+        )
         return Diagnosis("unrelated", f"{words} to the reference", stored)
     if abs(gain - 1) < GAIN and abs(bias) > BIAS:
         words = f"bias {bias:+.2f} sigma at gain {gain:.2f}: what a zero point off by one gives"
@@ -119,16 +122,11 @@ def _signature(sample: Sample) -> Diagnosis | None:
 
 
 def _gain_and_bias(sample: Sample) -> tuple[float, float]:
-    count = sum(window.reference.numel() for window in sample.windows)
-    signal = _total(window.reference.double().square().sum() for window in sample.windows)
-    mean = _total(window.reference.double().sum() for window in sample.windows) / count
-    cross = _total((window.reference.double() * window.decoded.double()).sum() for window in sample.windows)
-    drift = _total((window.decoded.double() - window.reference.double()).sum() for window in sample.windows) / count
-    sigma = math.sqrt(max(0.0, signal / count - mean * mean))
+    import torch
+
+    decoded = torch.cat([window.decoded for window in sample.windows]).double()
+    reference = torch.cat([window.reference for window in sample.windows]).double()
+    signal, sigma = float(reference.square().sum()), float(reference.std(correction=0))
     if not signal or not sigma:
         return math.nan, math.nan
-    return cross / signal, drift / sigma
-
-
-def _total(values: Iterable[object]) -> float:
-    return sum(float(value) for value in values)  # type: ignore[arg-type]  # tensors of one number
+    return float((reference * decoded).sum()) / signal, float((decoded - reference).mean()) / sigma

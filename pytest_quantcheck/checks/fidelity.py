@@ -13,12 +13,14 @@ Sums are kept in float64. NaN fails every limit. Comparing nothing is a failure.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks import smoothing
+from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.pairing import pair as pair_tensors
-from pytest_quantcheck.checks.verdict import Verdict, worst
+from pytest_quantcheck.checks.verdict import WORST, Verdict, worst
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.quantities import counted
 from pytest_quantcheck.tensor import LogicalTensor
@@ -97,17 +99,30 @@ def compare(
         findings.append(Finding("vacuous", "error", None, f"{what} (a check that compared nothing has failed)"))
     total = sqnr_db(sum(row.signal for row in quantized), sum(row.noise for row in quantized)) if quantized else None
     rows.sort(key=_margin)
+    findings += _diagnoses([row.name for row in rows if row.faults][:WORST], pairing.pairs, device)
     return Comparison(tuple(rows), tuple(findings), total)
+
+
+def _diagnoses(names: list[str], pairs: Iterable[Pair], device: str) -> Iterator[Finding]:
+    """What is likely wrong with the worst tensors, as notes."""
+    from pytest_quantcheck.checks.diagnosis import diagnose
+
+    by_name = {pair.tensor.name: pair for pair in pairs}
+    for name in names:
+        found = diagnose(by_name[name].tensor, by_name[name].reference, device=device)
+        if found is not None:
+            yield Finding("diagnosis", "note", name, f"likely {found}")
 
 
 def check_fidelity(comparison: Comparison) -> Verdict:
     """Turn a comparison into a verdict: worst tensors first."""
     errors = [finding for finding in comparison.findings if finding.severity == "error"]
+    likely = [finding for finding in comparison.findings if finding.check == "diagnosis"]
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     wrong = {finding.tensor for finding in errors if finding.tensor}
     headline = f"fidelity: {counted(len(comparison.tensors), 'tensor')} compared{total}, {len(wrong):,} wrong"
     by_tensor: dict[str | None, list[str]] = {}
-    for finding in errors:
+    for finding in (*errors, *likely):
         by_tensor.setdefault(finding.tensor, []).append(finding.message)
     order = {row.name: at for at, row in enumerate(comparison.tensors)}
     names = sorted(by_tensor, key=lambda name: order.get(name or "", -1))

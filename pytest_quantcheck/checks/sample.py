@@ -1,13 +1,13 @@
 """A few windows of a tensor and of its reference, decoded: enough to try a hypothesis, whatever the tensor's size.
 
-    windows  at most four, whole rows, evenly spread, each starting where a block starts
-    head     the first rows, more of them: whole attention heads for questions about the order of rows
+windows  at most four, whole rows, evenly spread, each starting where a block starts
+head     the first rows, more of them: whole attention heads for questions about the order of rows
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,8 @@ from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
     import torch
+
+Pair = tuple["torch.Tensor", "torch.Tensor"]
 
 VALUES = 1 << 18
 WINDOWS = 4
@@ -33,14 +35,26 @@ class Window(NamedTuple):
     reference: torch.Tensor
 
 
-class Sample:
-    """The windows of one pair, read once. `transposed`: the reference keeps the matrix the other way round."""
+class Attempt(NamedTuple):
+    """One thing to try: `pairs` gives decoded and reference of every window, had the other convention been used.
 
-    def __init__(self, tensor: LogicalTensor, reference: LogicalTensor, *, transposed: bool, device: str) -> None:
+    `words` complete "with ..."; `advice` says what to change where it decodes right.
+    """
+
+    name: str
+    words: str
+    pairs: Callable[[], Iterable[Pair]]
+    advice: str = ""
+
+
+class Sample:
+    """The windows of one pair of equal shape, read once; one of them around the row `near`, where that is given."""
+
+    def __init__(self, tensor: LogicalTensor, reference: LogicalTensor, *, device: str, near: int | None) -> None:
         self.tensor = tensor
         self.reference = reference
         self.device = device
-        self._turned = reference.decode(device=device).t() if transposed else None
+        self.near = near
 
     @cached_property
     def windows(self) -> tuple[Window, ...]:
@@ -49,8 +63,12 @@ class Sample:
         if WINDOWS * size >= rows:
             return (self.window(0, rows),)
         aligned = math.lcm(ALIGNED, _rows_of_block(self.tensor))
-        starts = [(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)]
-        return tuple(self.window(start, start + size) for start in dict.fromkeys(starts))
+        starts = {(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)}
+        spans = {start: start + size for start in starts}
+        if self.near is not None:
+            start = self.near // aligned * aligned
+            spans[start] = min(rows, max(start + size, self.near + 1))
+        return tuple(self.window(*span) for span in sorted(spans.items()))
 
     @cached_property
     def head(self) -> Window:
@@ -65,12 +83,11 @@ class Sample:
     def window(self, start: int, stop: int) -> Window:
         """Decode some rows of both sides."""
         decoded = self.tensor.decode(start, stop, self.device).view(stop - start, -1)
-        turned = self._turned
-        reference = self.reference.decode(start, stop, self.device) if turned is None else turned[start:stop]
+        reference = self.reference.decode(start, stop, self.device)
         return Window(start, stop, decoded, reference.reshape(decoded.shape))
 
 
-def sqnr_db(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def sqnr_db(pairs: Iterable[Pair]) -> float:
     """Return signal to noise of pairs of decoded and reference, in dB, NaN where there is none."""
     signal = noise = 0.0
     for decoded, reference in pairs:

@@ -75,8 +75,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
 def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
     """Yield the other order of codes: AWQ's interleaving done where it should not be, or not done."""
     layout = tensor.layout
-    assert isinstance(layout, Layout)
-    if layout.interleaved is None or layout.repacked_for:
+    if not isinstance(layout, Layout) or layout.interleaved is None or layout.repacked_for:
         return
     words = "codes in sequence" if layout.interleaved else "codes interleaved by eight"
     advice = f"the packer did {'not ' if layout.interleaved else ''}use AWQ's order"

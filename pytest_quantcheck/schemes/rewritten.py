@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.dtypes import BITS, DTYPES
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -71,14 +71,12 @@ def part(
     dtype: str | None = None,
 ) -> LogicalTensor:
     """Return the tensor with one part read in another way: changed, shifted by some units, or as another dtype."""
-    parts = []
-    for each in tensor.parts:
-        if each.name == name:
-            source = Rewritten(each.stored, unit, change, shift)
-            stored = each.stored._replace(source=source, offset=0, dtype=dtype or each.stored.dtype)
-            each = each._replace(stored=stored)
-        parts.append(each)
-    return tensor._replace(parts=tuple(parts))
+
+    def changed(old: Part) -> Part:
+        source = Rewritten(old.stored, unit, change, shift)
+        return old._replace(stored=old.stored._replace(source=source, offset=0, dtype=dtype or old.stored.dtype))
+
+    return tensor._replace(parts=tuple(changed(old) if old.name == name else old for old in tensor.parts))
 
 
 def without(tensor: LogicalTensor, name: str) -> LogicalTensor:

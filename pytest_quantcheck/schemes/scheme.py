@@ -36,7 +36,6 @@ Expose = Callable[[Any, str], Mapping[str, Any] | None]
 Refuse = Callable[[StoredTensor, Namespace], str | None]
 
 
-
 class Reading(NamedTuple):
     """The same stored parts under another convention: what a diagnosis tries.
 
