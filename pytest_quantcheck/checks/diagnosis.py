@@ -54,6 +54,8 @@ def diagnose(
     if not tensor.params:
         return None
     sample = Sample(tensor, reference, device=device, near=near)
+    if not all(window.reference.isfinite().all() for window in sample.windows) or sample.stored_db == -math.inf:
+        return None  # the reference is not one
     proved = list(_proved(sample))
     if not proved:
         return _signature(sample)
@@ -103,8 +105,10 @@ def _expected_db(sample: Sample) -> float:
 
 def _signature(sample: Sample) -> Diagnosis | None:
     """Words for what gain and bias say, where they say one thing."""
-    gain, bias = _gain_and_bias(sample)
     stored = sample.stored_db
+    if not any(window.decoded.any() for window in sample.windows):
+        return Diagnosis("zeros", "every value decodes to zero: scales or codes were never written", stored)
+    gain, bias = _gain_and_bias(sample)
     if math.isnan(gain) or math.isinf(gain):
         return None
     if abs(gain) < UNRELATED and stored < 0:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 JUMP = 0.1
 MAX_SHARDS = 8
 MIN_SHARD = 4  # rows
-MIN_ROWS = 8  # for a factor of each column
+SHARED = 16  # values for each number that is fitted, at least
 LOST = 0.5  # noise to signal of a lost block: 3 dB, where 4-bit formats have healthy ones of 10 and more
 MAX_LOST = 20  # one block in so many
 
@@ -30,7 +30,7 @@ def damage(sample: Sample) -> Iterator[Attempt]:
     tensor = sample.tensor
     cut = [_lost(tensor, window) for window in sample.windows]
     count, total = (sum(int(values.sum()) for values in each) for each in zip(*cut, strict=True))
-    if not 0 < count <= max(1, total // MAX_LOST):
+    if not 0 < count <= total // MAX_LOST:
         return
     window, lost = next((window, lost) for window, (lost, _) in zip(sample.windows, cut, strict=True) if lost.any())
     where = _place(tensor, window, int(lost.nonzero()[0]))
@@ -67,7 +67,7 @@ def gains(sample: Sample) -> Iterator[Attempt]:
 
     windows = sample.windows
     total = _ratio(windows)
-    if total:
+    if total and sample.tensor.params >= SHARED:
         yield Attempt(
             "gain",
             f"every value divided by {1 / total:.4g}",
@@ -83,12 +83,13 @@ def gains(sample: Sample) -> Iterator[Attempt]:
 def axis_gains(sample: Sample) -> Iterator[Attempt]:
     """A factor for each row, or for each column."""
     windows = sample.windows
-    yield Attempt(
-        "row-scales",
-        "each row divided by a factor of its own",
-        lambda: ((each.decoded * _factor(each, dim=1).unsqueeze(1), each.reference) for each in windows),
-        "the codes are sound, the scales of the rows are not",
-    )
+    if sample.tensor.columns >= SHARED:
+        yield Attempt(
+            "row-scales",
+            "each row divided by a factor of its own",
+            lambda: ((each.decoded * _factor(each, dim=1).unsqueeze(1), each.reference) for each in windows),
+            "the codes are sound, the scales of the rows are not",
+        )
     columns = _columns_factor(windows)
     if columns is not None:
         yield Attempt(
@@ -103,6 +104,8 @@ def offsets(sample: Sample) -> Iterator[Attempt]:
     """One number added to all values, or to a block."""
     windows = sample.windows
     count = sum(window.decoded.numel() for window in windows)
+    if count < SHARED:
+        return
     drift = sum(float((window.reference - window.decoded).double().sum()) for window in windows) / count
     yield Attempt(
         "shifted",
@@ -110,7 +113,7 @@ def offsets(sample: Sample) -> Iterator[Attempt]:
         lambda: ((window.decoded + drift, window.reference) for window in windows),
         "a constant was added on the way (norms that multiply by 1 + weight) or taken off",
     )
-    if sample.tensor.quantized:
+    if sample.tensor.quantized and _width(sample.tensor) >= SHARED:
         yield Attempt(
             "zero-points",
             "an offset fitted to each block",
@@ -121,7 +124,7 @@ def offsets(sample: Sample) -> Iterator[Attempt]:
 
 def block_gains(sample: Sample) -> Iterator[Attempt]:
     """One factor for each block."""
-    if sample.tensor.quantized:
+    if sample.tensor.quantized and _width(sample.tensor) >= SHARED:
         yield Attempt(
             "block-scales",
             "a factor fitted to each block",
@@ -173,7 +176,7 @@ def _columns_factor(windows: tuple[Window, ...]) -> torch.Tensor | None:
 
     decoded = torch.cat([window.decoded for window in windows])
     reference = torch.cat([window.reference for window in windows])
-    if len(decoded) < MIN_ROWS:
+    if len(decoded) < SHARED:
         return None
     return _factor(Window(0, len(decoded), decoded, reference), dim=0)
 

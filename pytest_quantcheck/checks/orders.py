@@ -14,7 +14,7 @@ from pytest_quantcheck.tensor import LogicalTensor
 if TYPE_CHECKING:
     import torch
 
-MIN_ROWS = 8  # fewer rows do not tell their columns apart
+SHARED = 16  # values of a row or column: fewer do not tell them apart
 MIN_MATCH = 0.7  # cosine of a row with the row of the reference that it is
 MAX_COLUMNS = 2048
 ORDERED_DB = 10.0  # whoever is above has no row out of place
@@ -57,7 +57,7 @@ def row_order(sample: Sample) -> Iterator[Attempt]:
 def column_order(sample: Sample) -> Iterator[Attempt]:
     """Columns in another order: packing orders that were not undone, activation order."""
     head = sample.head
-    if sample.stored_db > ORDERED_DB or len(head.decoded) < MIN_ROWS:
+    if sample.stored_db > ORDERED_DB or len(head.decoded) < SHARED:
         return
     decoded, reference = head.decoded[:, :MAX_COLUMNS], head.reference[:, :MAX_COLUMNS]
     order = _matched(decoded.t(), reference.t())
@@ -80,7 +80,7 @@ def _matched(decoded: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | N
     import torch
 
     left, right = (torch.nn.functional.normalize(values) for values in (reference, decoded))
-    if not (torch.isfinite(left).all() and torch.isfinite(right).all()) or decoded.shape[1] < MIN_ROWS:
+    if not (torch.isfinite(left).all() and torch.isfinite(right).all()) or decoded.shape[1] < SHARED:
         return None
     cosine, order = (left @ right.t()).max(dim=1)
     order = torch.where(cosine > MIN_MATCH, order, -1)

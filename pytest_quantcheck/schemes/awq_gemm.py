@@ -77,6 +77,8 @@ def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
     layout = tensor.layout
     if not isinstance(layout, Layout) or layout.interleaved is None or layout.repacked_for:
         return
+    if layout.bits != 4 and tensor.shape[0] % 32:
+        return
     words = "codes in sequence" if layout.interleaved else "codes interleaved by eight"
     advice = f"the packer did {'not ' if layout.interleaved else ''}use AWQ's order"
     other = tensor._replace(layout=layout._replace(interleaved=not layout.interleaved))

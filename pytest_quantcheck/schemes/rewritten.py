@@ -148,3 +148,23 @@ def inverse(units: torch.Tensor, dtype: str) -> torch.Tensor:
 
     values = units.contiguous().view(getattr(torch, str(DTYPES[dtype].torch)))
     return values.to(torch.float32).reciprocal().to(values.dtype).view(torch.uint8).view(units.shape)
+
+
+# Below this nothing is left of a weight; float16 has smaller ones only at zero. E8M0 scales of 2**-127 stand for zero.
+VANISHING = 1e-30
+
+
+def vanishing(values: torch.Tensor) -> torch.Tensor:
+    """Return which scales are zero or might as well be."""
+    import torch
+
+    return values.to(torch.float32).abs() < VANISHING
+
+
+def revive(units: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return scales with 1 in the place of those that vanish."""
+    import torch
+
+    values = units.contiguous().view(getattr(torch, str(DTYPES[dtype].torch)))
+    alive = torch.where(vanishing(values), 1.0, values.to(torch.float32)).to(values.dtype)
+    return alive.view(torch.uint8).view(units.shape)
