@@ -7,7 +7,9 @@ that makes no sense a `ValueError` or `TypeError`; only a check that was made an
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 from pytest_quantcheck.artifact import Subject, inspect
@@ -138,6 +140,40 @@ def assert_dequant_fidelity(
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
     _require(fidelity.check_fidelity(comparison))
     return comparison
+
+
+def assert_matches_baseline(
+    subject: Subject,
+    name: str,
+    *,
+    reference: Subject | None = None,
+    growth: str | int = 0,
+    sqnr_drop_db: float = 0.1,
+    lock: str | os.PathLike[str] = "quantcheck.lock",
+    device: str = "cpu",
+) -> None:
+    """Fail unless the artifact is what the record `name` of the lock says: no tensor gone, reshaped, grown or worse.
+
+    `growth` is what the whole and each tensor may have more: `"2 %"`, `"10 MB"` or bytes. With a `reference` the SQNR
+    of each tensor is recorded, and may fall by `sqnr_drop_db`. `pytest --quantcheck-update` records, and fails once.
+    """
+    __tracebackhide__ = True
+    from pytest_quantcheck import lock as locks
+    from pytest_quantcheck.checks import baseline, diff
+
+    allowed = baseline.Allowed(baseline.parse_growth(growth), sqnr_drop_db)
+    artifact, path = inspect(subject), os.fspath(lock)
+    outline = diff.outline(artifact)
+    if reference is not None:
+        require_torch("a baseline with a reference decodes values")
+        from pytest_quantcheck.checks import fidelity
+
+        comparison = fidelity.compare(artifact, inspect(reference), device=device)
+        outline = baseline.with_fidelity(outline, comparison.tensors)
+    if locks.updating():
+        _require(locks.update(path, name, baseline.Record("test", version("pytest-quantcheck"), outline)))
+    else:
+        _require(baseline.check_baseline(locks.read(path).get(name), outline, allowed, where=path))
 
 
 def require_torch(what: str) -> None:

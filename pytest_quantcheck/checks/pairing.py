@@ -19,7 +19,7 @@ from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.views import Piece, assembled, outputs
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.quantities import format_shape
-from pytest_quantcheck.tensor import LogicalTensor
+from pytest_quantcheck.tensor import COUNTED, LogicalTensor
 
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -58,8 +58,10 @@ def pair(artifact: Artifact, reference: Artifact) -> Pairing:
     pairs: list[Pair] = []
     findings: list[Finding] = []
     used: set[str] = set()
-    for tensor in artifact.parameters:
+    for tensor in _written(artifact):
         pieces = _counterpart(tensor, sides)
+        if not pieces and tensor.copy_of:
+            pieces = _counterpart(tensor._replace(name=tensor.copy_of), sides)
         used |= {piece.tensor.name for piece in pieces}
         if not pieces:
             findings.append(_unmatched(tensor))
@@ -68,6 +70,11 @@ def pair(artifact: Artifact, reference: Artifact) -> Pairing:
         else:
             pairs.append(Pair(tensor, assembled(tensor.name, tensor.shape, pieces)))
     return Pairing(tuple(pairs), (*findings, *_left_over(reference, used)))
+
+
+def _written(artifact: Artifact) -> Iterator[LogicalTensor]:
+    """The parameters, and copies of them that have values of their own: a tied head that was quantized."""
+    return (tensor for tensor in artifact.tensors if tensor.role in COUNTED or tensor.copy_of)
 
 
 class _Side:

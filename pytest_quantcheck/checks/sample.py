@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_quantcheck.checks import fidelity
+from pytest_quantcheck.checks import metrics
 from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def sqnr_db(pairs: Iterable[Pair]) -> float:
     for decoded, reference in pairs:
         signal += float(reference.double().square().sum())
         noise += float((decoded.double() - reference.double()).square().sum())
-    return fidelity.sqnr_db(signal, noise)
+    return metrics.sqnr_db(signal, noise)
 
 
 def _rows_of_block(tensor: LogicalTensor) -> int:

@@ -78,9 +78,47 @@ class File(NamedTuple):
         if _stamp(os.fstat(descriptor)) != self.stamp:
             raise FormatError("changed while being read", file=self.path)
 
+    def expect(self, start: int, stop: int) -> None:
+        """Have the kernel read ahead bytes that will be wanted soon."""
+        descriptor = _open(self.path)
+        try:
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
         """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
         return load(self, stored, start, stop, device)
+
+
+class Held(NamedTuple):
+    """A `Source` over bytes of another that were read once; offsets count from the start of what was read."""
+
+    content: bytearray
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Return the bytes."""
+        return self.content[start:stop]
+
+    def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+        """Return elements as a flat torch tensor on `device`."""
+        return load(self, stored, start, stop, device)
+
+
+def held(stored: StoredTensor, *, limit: int) -> StoredTensor:
+    """Return a stored tensor of a file with its bytes in memory, unless it has more than `limit` of them."""
+    if not isinstance(stored.source, File) or stored.nbytes > limit:
+        return stored
+    content = stored.source.read(stored.offset, stored.offset + stored.nbytes)
+    return stored._replace(source=Held(content), offset=0)
+
+
+def expect(stored: StoredTensor, start: int, stop: int, rows: int) -> None:
+    """Have the kernel read ahead the bytes of rows `start` up to `stop` of `rows`, where they are in a file."""
+    if not isinstance(stored.source, File) or not rows or not hasattr(os, "posix_fadvise"):
+        return
+    first, last = stored.nbytes * start // rows, -(-stored.nbytes * stop // rows)
+    stored.source.expect(stored.offset + first, stored.offset + last)
 
 
 def load(source: Source, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:

@@ -69,6 +69,10 @@ TYPES = {
 ALIGNMENT = 64 << 10
 
 
+PIECE = 1 << 16
+CONTINUED = bytes(range(128, 256))  # the bytes of a varint that are not its last
+
+
 class Constant(NamedTuple):
     """A constant of a graph. `type` is None for text, which has no values; `stored` counts bytes where they share."""
 
@@ -88,15 +92,33 @@ class Varints(NamedTuple):
 
     def read(self, start: int, stop: int) -> bytearray:
         """Return bytes of the numbers as they would be in `raw_data`."""
+        first, last = start // self.width, -(-stop // self.width)
+        number, at = self._before(first)
         found, value, shift = bytearray(), 0, 0
         mask = (1 << 8 * self.width) - 1
-        for byte in self.file.read(self.start, self.stop):
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                found += (value & mask).to_bytes(self.width, "little")
-                value = shift = 0
-        return found[start:stop]
+        while number < last and at < self.stop:
+            piece = self.file.read(at, min(at + PIECE, self.stop))
+            at += len(piece)
+            for byte in piece:
+                value |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    if first <= number < last:
+                        found += (value & mask).to_bytes(self.width, "little")
+                    number, value, shift = number + 1, 0, 0
+        skipped = first * self.width
+        return found[start - skipped : stop - skipped]
+
+    def _before(self, first: int) -> tuple[int, int]:
+        """A number before the one that is wanted (or itself, where it is the first), and a byte of it."""
+        passed, at = 0, self.start
+        while at < self.stop:
+            piece = self.file.read(at, min(at + PIECE, self.stop))
+            count = len(piece.translate(None, CONTINUED))
+            if passed + count >= first:
+                break
+            passed, at = passed + count, at + len(piece)
+        return passed, at
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
         """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
@@ -199,10 +221,10 @@ class Data:
 
 def _varints(file: files.File, start: int, stop: int) -> int:
     """How many varints there are: each ends with a byte under 128."""
-    high, count, last = bytes(range(128, 256)), 0, 0
-    for at in range(start, stop, 1 << 20):
-        piece = file.read(at, min(at + (1 << 20), stop))
-        count += len(piece.translate(None, high))
+    count = last = 0
+    for at in range(start, stop, PIECE):
+        piece = file.read(at, min(at + PIECE, stop))
+        count += len(piece.translate(None, CONTINUED))
         last = piece[-1]
     if last > 127:
         raise FormatError(f"ends within a number, at byte {stop:,}")

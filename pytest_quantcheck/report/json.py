@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +13,15 @@ from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.report.run import Run
 from pytest_quantcheck.tensor import LogicalTensor
 
 SCHEMA = 1
+
+
+def render(run: Run) -> str:
+    """Return what `quantcheck check --json` prints."""
+    return json.dumps(run, allow_nan=False) + "\n"
 
 
 def of_artifact(artifact: Artifact) -> dict[str, Any]:
@@ -94,6 +101,7 @@ def _reason(reason: Reason) -> dict[str, Any]:
         "count": reason.holders,
         "names": list(reason.names),
         "dtypes": list(reason.dtypes),
+        "originals": list(reason.originals),
         "savings": [saving._asdict() for saving in reason.savings],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from pytest_quantcheck.checks.diff import Difference, TensorChange, Total
 from pytest_quantcheck.checks.tree import Node
@@ -28,6 +29,7 @@ WHAT: dict[Kind, str] = {
     "index": "indices",
     "bookkeeping": "records beside weights",
     "block_padding": "padding of blocks",
+    "typed_fields": "values in typed fields",
     "rope_tables": "rope tables",
     "masks": "masks and position ids",
     "buffers": "other buffers",
@@ -112,7 +114,10 @@ def _whose(reason: Reason) -> Iterator[str]:
     if not reason.holders or reason.kind == "codes":
         return
     if reason.holders <= len(reason.names) and reason.kind not in ("codebooks", "bookkeeping", "vectors"):
-        yield from map(printable, reason.names)
+        for name, original in zip_longest(reason.names, reason.originals):
+            yield printable(name)
+            if original:
+                yield f"  repeats {printable(original)}"
         return
     yield counted(reason.holders, "file" if reason.kind in _FILES else "tensor")
 

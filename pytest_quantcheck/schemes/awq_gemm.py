@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config
+from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -69,6 +69,11 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.group_size,
+        rounding=rounding.grouped(
+            rounding.affine(layout.bits, scale=rounding.kept_in(found["scales"])),
+            layout.group_size,
+            margin_db=rounding.COMPENSATED_DB,
+        ),
     )
 
 

@@ -26,14 +26,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing, rewritten
+from pytest_quantcheck.schemes import packing, rewritten, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,12 @@ FLOORS_DB = {
     "nf4": ((64, 18.5), (128, 17.4), (256, 15.8), (4096, 7.9)),
     "fp4": ((64, 15.0), (128, 13.9), (256, 12.3), (4096, 5.0)),
 }
+
+# The levels of each type, and a byte full of the code of 1.
+TABLES = {"nf4": (packing.NF4, 0xFF), "fp4": (packing.FP4, 0x33)}
+# The codes of 0 and 1 in `nested_quant_map`, and the widest gap of it.
+NESTED_ZERO_AND_ONE = (127, 255)
+NESTED_GAP = 0.9 / 64
 
 
 class Layout(NamedTuple):
@@ -89,7 +96,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         return tensor._replace(decoder=_decode_lost)
     layout = _layout(state, record)
     _check(tensor, layout)
-    return tensor._replace(layout=layout, block=layout.blocksize, floor_db=_floor_db(layout))
+    expected = _rounding(layout, tensor.columns, nested=tensor.has("nested_absmax"))
+    return tensor._replace(layout=layout, block=layout.blocksize, floor_db=_floor_db(layout), rounding=expected)
 
 
 def _record(name: str, namespace: Namespace) -> StoredTensor:
@@ -128,7 +136,7 @@ def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
     layout = tensor.layout
     if not isinstance(layout, Layout):
         return
-    for kind, values in (("nf4", packing.NF4), ("fp4", packing.FP4)):
+    for kind, (values, _) in TABLES.items():
         other = rewritten.table(tensor, "quant_map", values)
         advice = f"the codes are {kind}: `quant_type` or `quant_map` is wrong"
         yield Reading("table", f"the table of {kind}", other, advice)
@@ -336,6 +344,25 @@ def _pending(weight: StoredTensor, state: StoredTensor) -> LogicalTensor:
 def _floor_db(layout: Layout) -> float | None:
     floors = FLOORS_DB[layout.quant_type]
     return next((floor for blocksize, floor in floors if layout.blocksize <= blocksize), None)
+
+
+def _rounding(layout: Layout, columns: int, *, nested: bool) -> Rounding:
+    table, unit = TABLES[layout.quant_type]
+    to_level = rounding.codebook(table, scale="nested" if nested else "float32")
+    gaps = steps.levels(table, 1.0, unit)
+    return rounding.flat(
+        to_level, layout.blocksize, columns, steps=partial(_nested_steps, gaps=gaps, unit=unit) if nested else gaps
+    )
+
+
+def _nested_steps(tensor: LogicalTensor, start: int, stop: int, device: str, *, gaps: Steps, unit: int) -> torch.Tensor:
+    """Wider by what each absmax lost after its codes were chosen: up to half of the widest gap of its own table."""
+    at = [part.name for part in tensor.parts].index("absmax")
+    ones = steps.filled(tensor, unit)
+    zero, one = (steps.filled(ones, code, part=at).decode(start, stop, device) for code in NESTED_ZERO_AND_ONE)
+    lost = one.sub_(zero).mul_(NESTED_GAP / 2).div_(ones.decode(start, stop, device)).abs_()  # of the absmax
+    step = gaps(tensor, start, stop, device)
+    return step + (step + 2 * tensor.decode(start, stop, device).abs_()) * lost
 
 
 SCHEME = Scheme(

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rewritten
+from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rewritten, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group_size,
         floor_db=_floor_db(layout),
+        rounding=_rounding(found, layout, said, record),
     )
 
 
@@ -405,6 +406,23 @@ def _uniform(bits: int, planes: bool, value: int, count: int) -> int:
 def _floor_db(layout: Layout) -> float | None:
     size = layout.group_size or layout.inputs
     return next((floor for bits, group, floor in FLOORS_DB if layout.bits == bits and size <= group), None)
+
+
+def _rounding(
+    parts: Mapping[str, StoredTensor], layout: Layout, said: Said, record: Mapping[str, Any]
+) -> Rounding | None:
+    """Without `g_idx`: groups that activation order scattered are as wide as others."""
+    if layout.repacked_for:
+        return None
+    size, scale = layout.group_size or layout.inputs, rounding.kept_in(parts["scales"])
+    symmetric = said.symmetric is not False and not record.get("meta")
+    if symmetric and _symmetric(parts["qzeros"], parts["scales"].shape[1], layout.bits, layout.planar):
+        to_code = rounding.symmetric(layout.bits, scale=scale)
+    else:
+        to_code = rounding.affine(layout.bits, scale=scale)
+    if layout.embedding:
+        return rounding.tiled(to_code, size, 1, margin_db=rounding.COMPENSATED_DB)
+    return rounding.grouped(to_code, size, margin_db=rounding.COMPENSATED_DB)
 
 
 def _module(name: str) -> str:
