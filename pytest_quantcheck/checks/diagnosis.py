@@ -39,9 +39,9 @@ class Diagnosis(NamedTuple):
 
     def __str__(self) -> str:
         if self.tried_db is None:
-            return self.words
-        proof = f"with {self.words}: {self.tried_db:.1f} dB (stored: {self.stored_db:.1f} dB)"
-        return f"{proof}: {self.advice}" if self.advice else proof
+            return f"{self.name}: {self.words}"
+        proof = f"{self.name}: with {self.words} {self.tried_db:.1f} dB (stored {self.stored_db:.1f} dB)"
+        return f"{proof}; {self.advice}" if self.advice else proof
 
 
 def diagnose(

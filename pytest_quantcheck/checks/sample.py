@@ -59,15 +59,16 @@ class Sample:
     @cached_property
     def windows(self) -> tuple[Window, ...]:
         """The windows that every hypothesis is tried on."""
-        rows, size = self.tensor.rows, max(1, VALUES // WINDOWS // max(1, self.tensor.columns))
+        rows, grid = self.tensor.rows, self.tensor.rounding.rows if self.tensor.rounding else 1
+        size = -(-max(1, VALUES // WINDOWS // max(1, self.tensor.columns)) // grid) * grid
         if WINDOWS * size >= rows:
             return (self.window(0, rows),)
-        aligned = math.lcm(ALIGNED, _rows_of_block(self.tensor))
+        aligned = math.lcm(ALIGNED, grid, _rows_of_block(self.tensor))
         starts = {(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)}
         spans = {start: start + size for start in starts}
         if self.near is not None:
             start = self.near // aligned * aligned
-            spans[start] = min(rows, max(start + size, self.near + 1))
+            spans[start] = min(rows, start + max(size, aligned))
         return tuple(self.window(*span) for span in sorted(spans.items()))
 
     @cached_property
