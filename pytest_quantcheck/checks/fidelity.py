@@ -14,12 +14,13 @@ from typing import NamedTuple
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks import smoothing
 from pytest_quantcheck.checks.alignment import align
+from pytest_quantcheck.checks.diagnosis import diagnose
 from pytest_quantcheck.checks.engine import measure, measure_each
 from pytest_quantcheck.checks.limits import Limits, judge, outliers, require_matches
 from pytest_quantcheck.checks.metrics import Fidelity, sqnr_db
 from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.pairing import pair as pair_tensors
-from pytest_quantcheck.checks.verdict import Verdict, worst
+from pytest_quantcheck.checks.verdict import WORST, Verdict, worst
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.quantities import counted
 
@@ -69,7 +70,17 @@ def compare(
     quantized = [row for row in rows if row.quantized]
     total = sqnr_db(sum(row.signal for row in quantized), sum(row.noise for row in quantized)) if quantized else None
     rows.sort(key=_margin)
+    findings += _diagnoses(rows, pairs, device)
     return Comparison(tuple(rows), tuple(findings), total)
+
+
+def _diagnoses(rows: list[Fidelity], pairs: Sequence[Pair], device: str) -> Iterator[Finding]:
+    """What is likely wrong with the worst tensors, as notes."""
+    by_name = {tensor.name: (tensor, reference) for tensor, reference in pairs}
+    for row in [row for row in rows if row.faults][:WORST]:
+        found = diagnose(*by_name[row.name], device=device, near=row.extremes.lost_at or row.extremes.row)
+        if found is not None:
+            yield Finding("diagnosis", "note", row.name, f"likely {found}")
 
 
 def _require_files(artifact: Artifact, reference: Artifact, executor: Executor | None) -> None:
@@ -112,11 +123,12 @@ def _vacuous(rows: list[Fidelity]) -> Iterator[Finding]:
 def check_fidelity(comparison: Comparison) -> Verdict:
     """Turn a comparison into a verdict: worst tensors first."""
     errors = [finding for finding in comparison.findings if finding.severity == "error"]
+    likely = [finding for finding in comparison.findings if finding.check == "diagnosis"]
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     wrong = {finding.tensor for finding in errors if finding.tensor}
     headline = f"fidelity: {counted(len(comparison.tensors), 'tensor')} compared{total}, {len(wrong):,} wrong"
     by_tensor: dict[str | None, list[str]] = {}
-    for finding in errors:
+    for finding in (*errors, *likely):
         by_tensor.setdefault(finding.tensor, []).append(finding.message)
     order = {row.name: at for at, row in enumerate(comparison.tensors)}
     names = sorted(by_tensor, key=lambda name: order.get(name or "", -1))
