@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.metrics import Shard
@@ -72,6 +73,7 @@ def of_explanation(explanation: Explanation, root: Node) -> dict[str, Any]:
         "expected_bytes": explanation.expected_bytes,
         "code_bytes": explanation.code_bytes,
         "reasons": [_reason(reason) for reason in explanation.reasons],
+        "cost": _cost(explanation.cost),
         "tree": _node(root),
     }
 
@@ -91,6 +93,16 @@ def of_difference(difference: Difference, limit: int) -> dict[str, Any]:
         "unchanged": difference.unchanged,
         "tensors": [change._asdict() | {"growth": change.growth} for change in difference.tensors[:limit]],
         "rest": {"tensors": len(rest), "growth": sum(change.growth for change in rest)},
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "downloads": [
+            {"megabits_per_second": link.megabits, "seconds": round(link.seconds, 3)} for link in cost.downloads
+        ],
+        "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
+        "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from pytest_quantcheck.checks.diff import Difference, TensorChange, Total
@@ -44,6 +44,7 @@ WHAT: dict[Kind, str] = {
     "dead": "bytes that no tensor uses",
 }
 _MANY = {"embedding": "unquantized embeddings", "head": "unquantized output heads"}
+_PLAIN: tuple[Kind, ...] = ("embedding", "head", "matrices", "vectors", "adapters")
 _FILES: tuple[Kind, ...] = ("tokenizer", "files", "stale_files")
 
 Line = tuple[str, str]  # text and style
@@ -90,23 +91,22 @@ def _headline(explanation: Explanation) -> Iterator[Line]:
 
 
 def _reason_lines(reason: Reason, explanation: Explanation) -> Iterator[Line]:
-    yield f"{reason.share:6.1%}  {_columns(reason.bytes)}  {_what(reason, explanation)}", ""
+    bits = None if explanation.bits is None else float(explanation.bits)
+    words = what(reason.kind, reason.holders, reason.dtypes, bits)
+    yield f"{reason.share:6.1%}  {_columns(reason.bytes)}  {words}", ""
     yield from ((f"{INDENT}{name}", "dim") for name in _whose(reason))
     for saving in reason.savings:
         yield f"{INDENT}saves up to {format_sizes(saving.bytes)}:", "green"
         yield f"{INDENT}  {saving.how}", "green"
 
 
-def _what(reason: Reason, explanation: Explanation) -> str:
-    bits = f"{float(explanation.bits):.4g}" if explanation.bits is not None else ""
-    if reason.kind == "codes":
-        return f"codes of {bits} bits, {counted(reason.holders, 'tensor')}"
-    what = _MANY.get(reason.kind, WHAT[reason.kind]) if reason.holders > 1 else WHAT[reason.kind].format(bits=bits)
-    return f"{what.format(bits=bits)}{', ' + '/'.join(reason.dtypes) if _is_plain(reason) else ''}"
-
-
-def _is_plain(reason: Reason) -> bool:
-    return reason.kind in ("embedding", "head", "matrices", "vectors", "adapters") and bool(reason.dtypes)
+def what(kind: Kind, holders: int, dtypes: Sequence[str], bits: float | None) -> str:
+    """Return a reason in words; `bits` are those of the codes."""
+    width = "" if bits is None else f"{bits:.4g}"
+    if kind == "codes":
+        return f"codes of {width} bits, {counted(holders, 'tensor')}"
+    words = (_MANY.get(kind, WHAT[kind]) if holders > 1 else WHAT[kind]).format(bits=width)
+    return f"{words}, {'/'.join(dtypes)}" if kind in _PLAIN and dtypes else words
 
 
 def _whose(reason: Reason) -> Iterator[str]:
