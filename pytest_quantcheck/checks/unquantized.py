@@ -86,11 +86,28 @@ def _of_artifact(artifact: Artifact, container: Container, dtype: str | None) ->
             what = f"is quantized already ({tensor.scheme}): a prediction starts from an unquantized model"
             raise FormatError(what, file=artifact.source, tensor=tensor.name)
     config = artifact.configs.get("config.json", {})
+    is_ggml = container.kind == "gguf"
+    return Unquantized(
+        artifact.source,
+        config,
+        SHORT[dtype] if dtype else _dtype(config) or _most_common(artifact),
+        artifact.logical_params,
+        _all_weights(artifact, config, strict=not is_ggml),
+        _tied_head(artifact, config),
+        tuple(container.tensors.values()) if is_ggml else (),
+        container.metadata if is_ggml else {},
+    )
+
+
+def _all_weights(artifact: Artifact, config: Mapping[str, Any], *, strict: bool) -> tuple[Weight, ...]:
+    """Every weight; where one is unknown a `FormatError`, or none of them if not `strict`."""
     kept = [tensor for tensor in artifact.tensors if tensor.role not in ("tied", "shadow")]
-    weights = tuple(weight for tensor in kept for weight in _weights(tensor, config, artifact.source))
-    chosen = SHORT[dtype] if dtype else _dtype(config) or _most_common(artifact)
-    tied = _tied_head(artifact, config)
-    return Unquantized(artifact.source, config, chosen, artifact.logical_params, weights, tied)
+    try:
+        return tuple(weight for tensor in kept for weight in _weights(tensor, config, artifact.source))
+    except FormatError:
+        if strict:
+            raise
+        return ()
 
 
 def _most_common(artifact: Artifact) -> str:

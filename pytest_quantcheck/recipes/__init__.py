@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pytest_quantcheck.recipes import bnb, plain
+from pytest_quantcheck.recipes import bnb, ggml, plain
 from pytest_quantcheck.recipes.recipe import Recipe
 
 # In the order of tables.
 RECIPES: tuple[Recipe, ...] = (
     plain.RECIPE,
     bnb.RECIPE,
+    ggml.RECIPE,
 )
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pytest_quantcheck.recipes.recipe import Recipe, Unquantized, Written, plain
+from pytest_quantcheck.recipes.recipe import Recipe, Unquantized, Written, each
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def write(model: Unquantized, options: Mapping[str, str]) -> Written:
     """Return every tensor as plain numbers."""
-    dtype = DTYPES[options["name"]]
-    return Written(plain(weight, dtype) for weight in model.weights)
+    return Written(each(model._replace(dtype=DTYPES[options["name"]])))
 
 
 RECIPE = Recipe(re.compile(f"(?P<name>{'|'.join(DTYPES)})"), tuple(DTYPES), "plain numbers", "safetensors", write)

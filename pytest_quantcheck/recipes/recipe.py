@@ -55,7 +55,8 @@ class Weight(NamedTuple):
 class Unquantized(NamedTuple):
     """An unquantized model: its configuration and every tensor of its checkpoint, a tied head left out.
 
-    `ggml` are its tensors under llama.cpp's names where it was read from a GGUF, `keys` what that says of it.
+    `ggml` are its tensors as a GGUF has them where it was read from one, `keys` what that says of it. `weights` is
+    empty where that names them in a way that no checkpoint is known to do.
     """
 
     source: str
@@ -64,8 +65,8 @@ class Unquantized(NamedTuple):
     parameters: int
     weights: tuple[Weight, ...]
     tied_head: str | None = None
-    ggml: tuple[Weight, ...] = ()
-    keys: Mapping[str, Any] = {}
+    ggml: tuple[StoredTensor, ...] = ()
+    keys: Mapping[str, str] = {}
 
 
 class Written(NamedTuple):
@@ -123,11 +124,15 @@ def plain(weight: Weight, dtype: str) -> StoredTensor:
 
 
 def each(
-    model: Unquantized, chosen: Callable[[Weight], bool], encode: Callable[[Weight], Iterable[StoredTensor]]
+    model: Unquantized,
+    chosen: Callable[[Weight], bool] | None = None,
+    encode: Callable[[Weight], Iterable[StoredTensor]] = lambda weight: (),
 ) -> Iterator[StoredTensor]:
     """Yield what `encode` makes of each chosen weight; the others stay plain, in the dtype of the model."""
+    if not model.weights:
+        raise ValueError("the names of this GGUF are llama.cpp's alone: predict from its config.json")
     for weight in model.weights:
-        if chosen(weight):
+        if chosen is not None and chosen(weight):
             yield from encode(weight)
         else:
             yield plain(weight, model.dtype)
