@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pytest_quantcheck.recipes import bnb, ggml, plain
+from pytest_quantcheck.recipes import awq, bnb, compressed_tensors, fp8_block, ggml, gptq, matmulnbits, plain
 from pytest_quantcheck.recipes.recipe import Recipe
 
 # In the order of tables.
 RECIPES: tuple[Recipe, ...] = (
     plain.RECIPE,
     bnb.RECIPE,
+    gptq.RECIPE,
+    awq.RECIPE,
+    compressed_tensors.RECIPE,
+    fp8_block.RECIPE,
+    matmulnbits.RECIPE,
     ggml.RECIPE,
 )
 

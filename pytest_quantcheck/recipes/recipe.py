@@ -112,10 +112,10 @@ def stored(name: str, dtype: str, *shape: int, role: Role | None = None) -> Stor
     return StoredTensor(name, dtype, shape, dtypes.nbytes(dtype, prod(shape)), NOWHERE, role=role)
 
 
-def record(name: str, content: bytes, nbytes: int | None = None) -> StoredTensor:
-    """Return a record of bytes that would be written, of `nbytes` where a container does not weigh it as a tensor."""
-    size = len(content) if nbytes is None else nbytes
-    return StoredTensor(name, "U8", (len(content),), size, Unwritten(content), role="part" if size == 0 else None)
+def record(name: str, content: bytes, *, weighed: bool = True) -> StoredTensor:
+    """Return a record of bytes that would be written, not `weighed` where it stands for what is no tensor."""
+    size = len(content) if weighed else 0
+    return StoredTensor(name, "U8", (len(content),), size, Unwritten(content), role=None if weighed else "part")
 
 
 def plain(weight: Weight, dtype: str) -> StoredTensor:
@@ -129,13 +129,35 @@ def each(
     encode: Callable[[Weight], Iterable[StoredTensor]] = lambda weight: (),
 ) -> Iterator[StoredTensor]:
     """Yield what `encode` makes of each chosen weight; the others stay plain, in the dtype of the model."""
-    if not model.weights:
-        raise ValueError("the names of this GGUF are llama.cpp's alone: predict from its config.json")
+    check_known(model)
     for weight in model.weights:
         if chosen is not None and chosen(weight):
             yield from encode(weight)
         else:
             yield plain(weight, model.dtype)
+
+
+def check_known(model: Unquantized) -> None:
+    """Refuse a model of which only llama.cpp's names are known."""
+    if not model.weights:
+        raise ValueError("the names of this GGUF are llama.cpp's alone: predict from its config.json")
+
+
+def check_calibrated(model: Unquantized, *, columns: int, rows: int) -> None:
+    """Refuse a model that a calibrating quantizer does not write, or not in one way that is known."""
+    check_known(model)
+    if model.dtype == "F32":
+        raise ValueError("is made of a model in 16 bits: give --dtype bf16 or fp16")
+    if any(isinstance(model.config.get(key), Mapping) for key in ("vision_config", "audio_config")):
+        raise ValueError("which towers of a multimodal model are quantized is not fixed")
+    for weight in model.weights:
+        if weight.kind == "stack":
+            raise ValueError(f"`{weight.name}` holds all experts of a layer: no quantizer is known to write that")
+        if in_layers(weight) and (weight.linear_shape[1] % columns or weight.linear_shape[0] % rows):
+            shape = " x ".join(map(str, weight.linear_shape))
+            raise ValueError(f"`{weight.name}` is {shape}: outputs must be a multiple of {rows}, inputs of {columns}")
+    if not any(map(in_layers, model.weights)):
+        raise ValueError("the model has no linear in a layer")
 
 
 def in_layers(weight: Weight) -> bool:
