@@ -18,6 +18,8 @@ from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from pytest_quantcheck.checks.fidelity import Comparison
 
 
@@ -117,27 +119,32 @@ def assert_checkpoint_intact(subject: Subject, *, values: bool = True, allow: Se
 def assert_dequant_fidelity(
     subject: Subject,
     reference: Subject,
-    min_sqnr_db: float | Literal["auto"] = "auto",
+    min_sqnr_db: float | Literal["auto"] | Mapping[str, float | Literal["auto"]] = "auto",
     *,
     gain: float | Literal["auto"] = "auto",
     bias: float = 0.05,
     min_block_sqnr_db: float | Literal["auto"] = "auto",
     max_error: float | None = None,
+    equal: bool = True,
     device: str = "cpu",
+    executor: Executor | None = None,
 ) -> Comparison:
     """Fail unless what is stored still decodes to the reference; return the comparison otherwise.
 
-    Per tensor: SQNR in dB (`"auto"`: the floor of its encoding), `gain` off 1 (`"auto"`: 0.04, more for formats of two
-    and three bits), `bias` in standard deviations of the reference, the SQNR of the worst block (`"auto"`: 3 dB, for
-    block formats of four bits and more), and `max_error` in the units of the weights. Plain tensors are compared too.
+    Per tensor: SQNR in dB (`"auto"`: what rounding the reference to nearest in the same encoding keeps, less a margin,
+    or the floor of the encoding where that is not known; a mapping of name patterns to dB), `gain` off 1 (`"auto"`:
+    0.04, more for formats of two and three bits), `bias` in standard deviations of the reference, the SQNR of the worst
+    block (`"auto"`: 3 dB, for block formats of four bits and more), and `max_error` in the units of the weights. Plain
+    tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. Work goes to `executor`
+    where one is given (processes for files only), else to threads.
     Comparing nothing, or nothing quantized, fails.
     """
     __tracebackhide__ = True
     require_torch("assert_dequant_fidelity decodes values")
     from pytest_quantcheck.checks import fidelity
 
-    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error)
-    comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
+    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal)
+    comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device, executor=executor)
     _require(fidelity.check_fidelity(comparison))
     return comparison
 
