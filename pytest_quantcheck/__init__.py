@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         assert_not_quantized,
         assert_quantized,
         assert_quantized_fraction,
+        assert_same_weights,
         assert_size_budget,
         assert_trainable_params,
     )
@@ -39,6 +40,7 @@ __all__ = [
     "assert_not_quantized",
     "assert_quantized",
     "assert_quantized_fraction",
+    "assert_same_weights",
     "assert_size_budget",
     "assert_trainable_params",
     "count_params",

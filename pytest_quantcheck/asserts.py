@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pytest_quantcheck.artifact import Subject, inspect
-from pytest_quantcheck.checks import coverage, integrity, params, size
+from pytest_quantcheck.checks import coverage, integrity, params, same_weights, size
 from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.errors import FormatError
 
@@ -138,6 +138,18 @@ def assert_dequant_fidelity(
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
     _require(fidelity.check_fidelity(comparison))
     return comparison
+
+
+def assert_same_weights(one: Subject, other: Subject, *, skip: Sequence[str] = ()) -> None:
+    """Fail unless both sides hold the same weights, bit for bit: codes, scales, zero points, codebooks and indices.
+
+    Either side may be saved or live, so what is held to it is saving and loading, copying, and moves between devices.
+    Says which part differs, in how many bytes and where first, and what is on one side only. `skip` are patterns of
+    tensors to leave out. Comparing nothing fails.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_same_weights compares values")
+    _require(same_weights.check_same_weights(inspect(one), inspect(other), skip=skip))
 
 
 def require_torch(what: str) -> None:
