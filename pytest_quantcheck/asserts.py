@@ -10,13 +10,16 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pytest_quantcheck.artifact import Subject, inspect
+from pytest_quantcheck.artifact import Artifact, Subject, inspect
 from pytest_quantcheck.checks import coverage, integrity, params, same_weights, size
 from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
+    import torch
+
     from pytest_quantcheck.checks.fidelity import Comparison
+    from pytest_quantcheck.checks.kernel_parity import Parities
 
 
 def assert_logical_params(
@@ -152,10 +155,37 @@ def assert_same_weights(one: Subject, other: Subject, *, skip: Sequence[str] = (
     _require(same_weights.check_same_weights(inspect(one), inspect(other), skip=skip))
 
 
+def assert_kernel_parity(
+    model: torch.nn.Module, reference: Subject | None = None, *, skip: Sequence[str] = ()
+) -> Parities:
+    """Fail unless the library decodes every quantized layer to the values that are stored; return the comparison.
+
+    The library's own dequantize runs on the device where the layer is, against our decode of the same bytes, within
+    four roundings of its precision. With a `reference`, both are measured against it too. `skip` are patterns of
+    tensors that no library decodes. The message names layer, library, version, device and blocks, and where it can
+    gives a script that shows the difference.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_kernel_parity decodes values")
+    from pytest_quantcheck.checks import kernel_parity
+
+    artifact = _live(model, "assert_kernel_parity")
+    parities = kernel_parity.compare(model, artifact, None if reference is None else inspect(reference), skip=skip)
+    _require(kernel_parity.check_kernel_parity(parities))
+    return parities
+
+
 def require_torch(what: str) -> None:
     """Raise an ImportError that says what to install, where torch is not."""
     if importlib.util.find_spec("torch") is None:
         raise ImportError(f"{what} and needs torch: pip install pytest-quantcheck[torch]")
+
+
+def _live(model: torch.nn.Module, what: str) -> Artifact:
+    """The artifact of a live model; a path has nothing that could be run."""
+    if not hasattr(model, "named_modules"):
+        raise TypeError(f"{what} runs the library, so it needs a live torch.nn.Module, not `{type(model).__name__}`")
+    return inspect(model)
 
 
 def _require(verdict: Verdict) -> None:

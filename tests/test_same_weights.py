@@ -200,7 +200,7 @@ def test_nan_is_the_same_as_itself():
 
 
 def test_a_weight_without_values_is_not_the_same():
-    with pytest.raises(AssertionError, match="cannot be compared: .*meta device"):
+    with pytest.raises(AssertionError, match=r"cannot be compared: .*meta device"):
         assert_same_weights(module(a=torch.ones(3)), module(a=torch.ones(3, device="meta")))
 
 
