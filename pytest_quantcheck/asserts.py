@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_quantcheck.checks.fidelity import Comparison
     from pytest_quantcheck.checks.kernel_parity import Parities
+    from pytest_quantcheck.checks.module_output import Outputs
 
 
 def assert_logical_params(
@@ -173,6 +174,32 @@ def assert_kernel_parity(
     parities = kernel_parity.compare(model, artifact, None if reference is None else inspect(reference), skip=skip)
     _require(kernel_parity.check_kernel_parity(parities))
     return parities
+
+
+def assert_module_output(
+    model: torch.nn.Module,
+    *,
+    batches: Sequence[int] = (1, 2, 33),
+    dtypes: Sequence[str] | None = None,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+) -> Outputs:
+    """Fail unless the forward of every quantized linear layer is x @ W.T + bias of the stored W; return the runs.
+
+    Each layer runs alone, as a copy, on random inputs of every batch size: 1 takes the matrix-vector kernel of most
+    libraries, more the matrix-matrix kernel. `dtypes` are those of the inputs (`"float32"`, `"bfloat16"`,
+    `"float16"`); by default the layer's own, or all three where its library takes them. What rounding in the layer's
+    precision, over so many columns, cannot explain fails. `skip` are patterns of tensors to leave out, such as
+    quantized embeddings and stacks of experts.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_module_output runs layers")
+    from pytest_quantcheck.checks import module_output
+
+    artifact = _live(model, "assert_module_output")
+    outputs = module_output.compare(model, artifact, batches=batches, dtypes=dtypes, seed=seed, skip=skip)
+    _require(module_output.check_module_output(outputs))
+    return outputs
 
 
 def require_torch(what: str) -> None:

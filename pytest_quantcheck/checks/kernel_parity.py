@@ -68,9 +68,7 @@ class Parities(NamedTuple):
     failures: tuple[tuple[str, str], ...]
 
 
-def compare(
-    model: Any, artifact: Artifact, reference: Artifact | None = None, *, skip: Sequence[str] = ()
-) -> Parities:
+def compare(model: Any, artifact: Artifact, reference: Artifact | None = None, *, skip: Sequence[str] = ()) -> Parities:
     """Compare every quantized layer of a live model that no pattern of `skip` matches."""
     wanted = {
         tensor.name: tensor

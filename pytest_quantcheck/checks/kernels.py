@@ -22,20 +22,25 @@ if TYPE_CHECKING:
     import torch
 
 
+ANY = ("float32", "bfloat16", "float16")
+
+
 class Kernel(NamedTuple):
     """What a library computes of one class of layers.
 
     `dequantize` takes the module, or the parameter, and returns its weight as the library sees it; None where this one
     is not quantized. `call` is what it calls, as one would write it.
     `computes_in` takes a module that has run and returns the dtype of its matrix product, None for that of the input.
-    `levels`: activations are rounded, row by row, to so many steps between zero and their largest magnitude.
+    `takes` are the dtypes of inputs that the forward takes, where that is not the dtype of the layer alone.
+    `rounds` takes a module and its input and returns how far each activation may be rounded, where the forward does.
     `reproduce` writes a script that shows the library's decode beside the formula of its format.
     """
 
     dequantize: Callable[[Any], torch.Tensor | None]
     call: str
     computes_in: Callable[[Any], torch.dtype | None] | None = None
-    levels: int | None = None
+    takes: tuple[str, ...] = ()
+    rounds: Callable[[Any, torch.Tensor], torch.Tensor | None] | None = None
     reproduce: Callable[[LogicalTensor, str], str] | None = None
 
 
@@ -53,7 +58,7 @@ def layers(model: Any, artifact: Artifact) -> Iterator[Layer]:
     by_name = {tensor.name: tensor for tensor in artifact.tensors if tensor.quantized}
     for owner, tensor in _owners(model, by_name):
         known = _kernel(owner)
-        if known is not None and by_name.pop(tensor.name, None):
+        if known is not None and by_name.pop(tensor.name, None) is not None:
             yield Layer(tensor, owner, *known)
 
 
@@ -127,15 +132,20 @@ def _bnb_4bit(module: Any) -> torch.Tensor:
 
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     if getattr(state, "packing_format_for_cpu", False):
-        what = "was repacked by its first forward on a CPU with AVX512-BF16, and dequantize_4bit does not know that layout"
+        what = (
+            "was repacked by its first forward on a CPU with AVX512-BF16, and dequantize_4bit does not know that layout"
+        )
         raise NotDecodable(f"{what}: compare before the first forward, or use assert_module_output")
     return _tensor(functional.dequantize_4bit(module.weight.data, state))
 
 
 def _bnb_4bit_computes_in(module: Any) -> torch.dtype | None:
     """The first forward on a CPU with AVX512-BF16 packs the weight for products in bfloat16."""
+    import torch
+
     state = module.weight.quant_state
-    return state.dtype if getattr(state, "packing_format_for_cpu", False) else module.compute_dtype
+    dtype: torch.dtype | None = module.compute_dtype
+    return torch.bfloat16 if getattr(state, "packing_format_for_cpu", False) else dtype
 
 
 def _bnb_4bit_script(tensor: LogicalTensor, device: str) -> str:
@@ -163,8 +173,35 @@ def _float16(module: Any) -> torch.dtype:
     return torch.float16
 
 
+def _rows_to_int8(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Half a step of 127 between zero and the largest magnitude of each row."""
+    return (x.abs().amax(dim=1, keepdim=True) / 254).expand_as(x)
+
+
+def _to_float8(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Half a step of three bits of mantissa, and of the smallest exponent, with each row scaled to 448."""
+    return x.abs() / 16 + x.abs().amax(dim=1, keepdim=True) / 448 * 2**-10
+
+
+def _torch_rounds(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """Dynamic quantization of torch: half of 127 steps over the whole input."""
+    if "dynamic" not in type(module).__module__:
+        return None
+    return ((x.max().clamp(min=0) - x.min().clamp(max=0)) / 254).expand_as(x)
+
+
+def _torchao_rounds(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    dynamic = getattr(module.weight, "act_quant_kwargs", None) or getattr(
+        module.weight, "activation_quantization", None
+    )
+    if dynamic is None:
+        return None
+    return _to_float8(module, x) if "float8" in f"{dynamic}".lower() else _rows_to_int8(module, x)
+
+
 def _compute_dtype(module: Any) -> torch.dtype | None:
-    return getattr(module, "compute_dtype", None)
+    dtype: torch.dtype | None = getattr(module, "compute_dtype", None)
+    return dtype
 
 
 def _parametrized(module: Any) -> torch.Tensor:
@@ -216,17 +253,21 @@ _BNB_4BIT = Kernel(
     _bnb_4bit,
     "bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)",
     _bnb_4bit_computes_in,
+    ANY,
     reproduce=_bnb_4bit_script,
 )
 _BNB_INT8 = Kernel(
     _bnb_int8,
     "bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)",
     _float16,
-    levels=127,
+    ANY,
+    rounds=_rows_to_int8,
 )
 
-_BITNET = Kernel(_unknown, "", levels=127)
-_TORCH = Kernel(_torch, "layer.weight().dequantize(), or decompress_module(layer) of compressed-tensors")
+_BITNET = Kernel(_unknown, "", rounds=_rows_to_int8)
+_TORCH = Kernel(
+    _torch, "layer.weight().dequantize(), or decompress_module(layer) of compressed-tensors", rounds=_torch_rounds
+)
 
 KERNELS = {
     "bitsandbytes.Linear4bit": _BNB_4BIT,
@@ -239,10 +280,11 @@ KERNELS = {
     "torch.Embedding": _TORCH,
     "torch.EmbeddingBag": _TORCH,
     "torchao.NF4Tensor": Kernel(_original, "layer.weight.get_original_weight()"),
-    "torchao.TorchAOBaseTensor": Kernel(_torchao, "layer.weight.dequantize()"),
+    "torchao.TorchAOBaseTensor": Kernel(_torchao, "layer.weight.dequantize()", rounds=_torchao_rounds),
     "optimum.QTensor": Kernel(_dequantized, "layer.weight.dequantize()"),
     "hqq.HQQLinear": Kernel(_dequantized, "layer.dequantize()", _compute_dtype),
     "transformers.BitLinear": _BITNET,
     "transformers.AutoBitLinear": _BITNET,
+    "transformers.CompressedTensorsFP8Linear": Kernel(_unknown, "", rounds=_to_float8),
     "transformers.QuantizedLinear": Kernel(_gemma, "layer._dequantize_weights()"),
 }

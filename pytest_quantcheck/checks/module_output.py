@@ -1,12 +1,12 @@
 """The forward of each quantized linear layer against x @ W.T + bias, W decoded by us and multiplied in float64.
 
     sigma    u (2 + sqrt(K)) |x w_j|      u: half the eps of the layer's precision, K the columns, w_j row j of W
-    allowed  6 sigma + 2 u |y_j|          and for layers that round their activations 6 s |w_j| more
+    allowed  6 sigma + 2 u |y_j|          and for layers that round their activations 6 |s w_j| more
 
 |x w_j| is the root of sum_i (x_i w_ij)^2. The weight goes through at most four roundings on its way, of u each, which
 are independent: a standard deviation of 2 u. The sum goes through K more, in float32: sqrt(K) u32, which is what stands
 for u there. x is Gaussian, so the error of an output is Gaussian given W, and six standard deviations are passed once
-in 500 million values. s is half a step of the activations: their largest magnitude over twice the levels. The result is
+in 500 million values. s_i is the most that activation i is rounded by, half a step of int8 or float8. The result is
 rounded, and the bias added: 2 u |y_j|.
 
 A batch of 1 takes the matrix-vector kernel of most libraries, larger ones the matrix-matrix kernel. A layer runs as a
@@ -16,7 +16,7 @@ copy, since a first forward may repack the weight.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CHECK = "module-output"
 BATCHES = (1, 2, 33)
-DTYPES = ("float32", "bfloat16", "float16")
 SIGMAS = 6
 WINDOW = 1 << 20
 
@@ -78,7 +77,7 @@ def compare(
 ) -> Outputs:
     """Run every quantized linear layer of a live model on random inputs.
 
-    Without `dtypes`, a layer is run in each of float32, bfloat16 and float16 that it takes.
+    Without `dtypes`, a layer is run in its own dtype, or in float32, bfloat16 and float16 where its library takes all.
     """
     if not batches or min(batches) < 1:
         raise ValueError(f"batches=`{list(batches)}`: at least one batch size, of at least 1, is needed")
@@ -94,7 +93,8 @@ def compare(
             continue
         wanted.remove(tensor.name)
         try:
-            runs += _run_layer(tensor, module, batches, dtypes, seed)
+            for dtype in dtypes or _own_dtypes(tensor, module):
+                runs += [_run(tensor, module, batch, dtype, seed) for batch in batches]
         except FormatError as error:
             failures.append((tensor.name, error.what))
     failures += [(name, "is no linear layer: skip it") for name in sorted(wanted)]
@@ -124,21 +124,18 @@ def _line(run: Output) -> str:
     return f"{what}: relative error {run.error:.3g}, {allowed}"
 
 
-def _run_layer(
-    tensor: LogicalTensor, module: Any, batches: Sequence[int], dtypes: Sequence[str] | None, seed: int
-) -> Iterator[Output]:
-    """Run a layer in every dtype it takes; one that takes none is wrong."""
-    refused: list[Output] = []
-    taken = False
-    for dtype in dtypes or DTYPES:
-        found = [_run(tensor, module, batch, dtype, seed) for batch in batches]
-        if dtypes is None and all(run.raised for run in found):
-            refused += found[:1]
-            continue
-        taken = True
-        yield from found
-    if not taken:
-        yield from refused
+def _own_dtypes(tensor: LogicalTensor, module: Any) -> tuple[str, ...]:
+    """The inputs that a layer takes: those its library converts, or the dtype of its weight, its bias, its scales."""
+    import torch
+
+    wide = {torch.float32, torch.float16, torch.bfloat16}
+    kernel = kernels.kernel_of(module)
+    if kernel is not None and kernel.takes:
+        return kernel.takes
+    held = (getattr(module, "weight", None), _bias(module))
+    dtypes = [own.dtype for own in held if isinstance(own, torch.Tensor) and own.dtype in wide]
+    dtypes += kernels.precisions(tensor)
+    return (str(dtypes[0]).removeprefix("torch.") if dtypes else "float32",)
 
 
 def _run(tensor: LogicalTensor, module: Any, batch: int, dtype: str, seed: int) -> Output:
@@ -165,7 +162,7 @@ def _copied(module: Any) -> Any:
     """A copy to run, or the module itself where its weight is a class that cannot be copied."""
     try:
         return copy.deepcopy(module)
-    except (RuntimeError, NotImplementedError):
+    except Exception:  # each class has its own way of saying so
         return module
 
 
@@ -186,8 +183,8 @@ def _judge(run: Output, tensor: LogicalTensor, layer: Any, x: torch.Tensor, y: t
     precision = _precision(tensor, layer, {x.dtype, y.dtype})
     unit, single = (torch.finfo(dtype).eps / 2 for dtype in (precision, torch.float32))
     spread = 2 * unit + tensor.columns**0.5 * single
-    step = _half_step(layer, x.double())
-    bias = getattr(layer, "bias", None)
+    rounding = _rounding(layer, x.double())
+    bias = _bias(layer)
     excess, noise, signal = 0.0, 0.0, 0.0
     for start, stop in tensor.windows(WINDOW):
         w = tensor.decode(start, stop, str(x.device)).double()
@@ -195,8 +192,11 @@ def _judge(run: Output, tensor: LogicalTensor, layer: Any, x: torch.Tensor, y: t
         if bias is not None:
             expected += bias[start:stop].double()
         error = (y[:, start:stop].double() - expected).abs()
-        products = (x.double().square() @ w.t().square()).sqrt()
-        allowed = SIGMAS * (spread * products + step * w.norm(dim=1)) + 2 * unit * expected.abs()
+        squares = w.t().square()
+        sigma = spread * (x.double().square() @ squares).sqrt()
+        if rounding is not None:
+            sigma += (rounding @ squares).sqrt()
+        allowed = SIGMAS * sigma + 2 * unit * expected.abs()
         ratio = torch.where(error == 0, 0.0, error / allowed)
         excess = float(torch.maximum(ratio.max().cpu(), torch.tensor(excess, dtype=torch.float64)))
         noise += float(error.square().sum())
@@ -209,15 +209,21 @@ def _precision(tensor: LogicalTensor, layer: Any, seen: set[torch.dtype]) -> tor
     """The coarsest of 32 and 16 bits that the layer goes through: input, output, scales, bias, what it computes in."""
     import torch
 
-    kernel, bias = kernels.kernel_of(layer), getattr(layer, "bias", None)
+    kernel, bias = kernels.kernel_of(layer), _bias(layer)
     computes_in = kernel.computes_in(layer) if kernel is not None and kernel.computes_in is not None else None
     found = {*seen, *kernels.precisions(tensor), computes_in, None if bias is None else bias.dtype}
-    wide = found & {torch.float32, torch.float16, torch.bfloat16}
-    return max(wide, key=lambda dtype: torch.finfo(dtype).eps)
+    wide = (torch.float32, torch.float16, torch.bfloat16)
+    return max((dtype for dtype in wide if dtype in found), key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _half_step(layer: Any, x: torch.Tensor) -> Any:
-    """Half a step of the activations of each row, 0 where they are not rounded."""
+def _bias(layer: Any) -> torch.Tensor | None:
+    bias: Any = getattr(layer, "bias", None)
+    found: torch.Tensor | None = bias() if callable(bias) else bias  # a method of torch's quantized modules
+    return found
+
+
+def _rounding(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """How far each activation may be rounded, squared; None where the layer leaves them as they are."""
     kernel = kernels.kernel_of(layer)
-    levels = None if kernel is None else kernel.levels
-    return 0.0 if levels is None else x.abs().amax(dim=1, keepdim=True) / (2 * levels)
+    largest = None if kernel is None or kernel.rounds is None else kernel.rounds(layer, x)
+    return None if largest is None else largest.square()
