@@ -19,6 +19,7 @@ from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+
     import torch
 
     from pytest_quantcheck.checks.fidelity import Comparison

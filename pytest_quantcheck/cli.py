@@ -6,7 +6,6 @@ Exit code 0: all good, notes and warnings included. 1: findings of severity erro
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -316,7 +315,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, allow_nan=False))  # at once: `json.dump` goes through Python for every value
+    from pytest_quantcheck.report.json import dumps
+
+    print(dumps(document))
 
 
 def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:

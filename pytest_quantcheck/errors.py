@@ -70,9 +70,15 @@ def printable(text: str) -> str:
     a\x1b[31mb\nc  \x3a:error::x #\x23[error]x
     """
     if not (text.isascii() and text.isprintable()):
-        text = "".join(
-            repr(char)[1:-1] if ord(char) in _UNPRINTABLE or 0xD800 <= ord(char) < 0xE000 else char for char in text
-        )
+        text = "".join(map(_visible, text))
     if "##" in text:
         text = text.replace("##", "#\\x23")
     return text.replace("::", "\\x3a:", 1) if text.lstrip().startswith("::") else text
+
+
+def _visible(char: str) -> str:
+    code = ord(char)
+    if code not in _UNPRINTABLE and not 0xD800 <= code < 0xE000:
+        return char
+    escaped = repr(char)[1:-1]
+    return escaped if escaped != char else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,25 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+]
+# Chromium reads commands from 3 and answers on 4.
+LAUNCH = """
+import fcntl, os, sys
+both = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for at, number in enumerate(both, 3):
+    os.dup2(number, at)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 60  # seconds for one answer, on a busy machine
 
 
@@ -124,13 +144,17 @@ def chromium(profile: Path) -> Iterator[Browser]:
     """A browser with an empty profile, and its end."""
     read_commands, commands = os.pipe()
     answers, write_answers = os.pipe()
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-        "--no-first-run --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
-    )
-    shell = f'exec "$0" {flags} --user-data-dir="$1" 3<&{read_commands} 4>&{write_answers}'
     process = subprocess.Popen(
-        ["sh", "-c", shell, str(CHROMIUM), str(profile)],
+        [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            str(read_commands),
+            str(write_answers),
+            str(CHROMIUM),
+            *FLAGS,
+            f"--user-data-dir={profile}",
+        ],
         pass_fds=(read_commands, write_answers),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

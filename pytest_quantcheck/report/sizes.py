@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, TensorChange, Total
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Kind, Reason
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.quantities import counted, format_binary_size, format_count, format_size, format_sizes
+from pytest_quantcheck.report import durations
 from pytest_quantcheck.report.terminal import open_console
 
 INDENT = " " * 34
@@ -51,11 +53,12 @@ Line = tuple[str, str]  # text and style
 
 
 def print_explanation(explanation: Explanation, root: Node) -> None:
-    """Print the size that was expected, the reasons for the one it has, and the tree."""
+    """Print the size that was expected, the reasons for the one it has, what it costs to use, and the tree."""
     _print(_headline(explanation))
     _print([("", ""), (f"{'share':>6}  {'bytes':>10}{'':>13}  reason", "bold")])
     for reason in explanation.reasons:
         _print(_reason_lines(reason, explanation))
+    _print([("", ""), *_cost_lines(explanation.cost)])
     if root.children:
         _print([("", ""), *_tree_lines(root)])
 
@@ -120,6 +123,23 @@ def _whose(reason: Reason) -> Iterator[str]:
                 yield f"  repeats {printable(original)}"
         return
     yield counted(reason.holders, "file" if reason.kind in _FILES else "tensor")
+
+
+def _cost_lines(cost: Cost) -> Iterator[Line]:
+    if cost.downloads:
+        times = [f"{durations.duration(link.seconds)} at {durations.speed(link.megabits)}" for link in cost.downloads]
+        yield f"download    {', '.join(times[:2])},", ""
+        yield f"            {', '.join(times[2:])}: the link alone", ""
+    yield f"load        {format_sizes(cost.load)} at least: weights as stored", ""
+    if cost.largest_decoded:
+        yield f"            and the largest quantized matrix in 16 bit, {format_sizes(cost.largest_decoded)};", ""
+    yield "            not in it: KV cache, activations, the context of the device", ""
+    smallest = next((fit for fit in cost.gpus if fit.fits), None)
+    if smallest is None:
+        largest = cost.gpus[-1]
+        yield f"fits        no single GPU: {largest.gpu} lacks {format_binary_size(-largest.left)}", ""
+        return
+    yield f"fits        {smallest.gpu} and larger: {format_binary_size(smallest.left)} left there", ""
 
 
 def _tree_lines(root: Node) -> Iterator[Line]:
