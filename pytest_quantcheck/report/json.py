@@ -21,15 +21,15 @@ from pytest_quantcheck.tensor import LogicalTensor
 SCHEMA = 1
 
 
+def render(run: Run) -> str:
+    """Return what `quantcheck check --json` prints."""
+    return dumps(run) + "\n"
+
+
 def dumps(document: Mapping[str, Any]) -> str:
     """Return a document as one line: names as they are, but written so that no CI log takes one for a command."""
     # At once: `json.dump` goes through Python for every value.
     return json.dumps(document, allow_nan=False).replace("##", "#\\u0023")
-
-
-def render(run: Run) -> str:
-    """Return what `quantcheck check --json` prints."""
-    return dumps(run) + "\n"
 
 
 def of_artifact(artifact: Artifact) -> dict[str, Any]:
