@@ -231,7 +231,7 @@ def _report(run: Run, as_json: bool, reports: Mapping[str, str | None]) -> int:
         print_run(run, open_console())
     sinks.write(run, reports)
     sinks.tell_github(run, lambda text: print(text, file=sys.stderr))
-    return run["exit_code"]
+    return SIGNALLED if run["partial"] else run["exit_code"]
 
 
 @cli.command("check-size", short_help="Check the size budgets of the artifacts that files belong to.")

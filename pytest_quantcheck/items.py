@@ -136,7 +136,7 @@ class Merger:
             file, _, name = report.nodeid.partition("::")
             self.lost.setdefault(_shown(self.config.rootpath / file), set()).add(name)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Merge and write; a report that cannot be written fails the run."""
         wanted = {kind: self.config.getoption(option) for kind, option in REPORTS.items()}
         if not (self.found or self.lost or any(wanted.values())):
@@ -144,7 +144,7 @@ class Merger:
         from pytest_quantcheck.report import sinks
 
         try:
-            self.run = self._merged(session)
+            self.run = self._merged(session, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
             self.lines = list(_verdicts(self.run))
             sinks.write(self.run, wanted)
         except (ValueError, OSError, ImportError) as error:
@@ -165,12 +165,13 @@ class Merger:
 
             sinks.tell_github(self.run, terminalreporter.write_line)
 
-    def _merged(self, session: pytest.Session) -> Run:
+    def _merged(self, session: pytest.Session, *, interrupted: bool) -> Run:
         from pytest_quantcheck import runner
 
         expected = sum(isinstance(item, CheckItem) for item in session.items)
         found = sum(map(len, self.found.values()))
-        partial = found < expected if session.items else bool(session.shouldstop or session.shouldfail)
+        stopped = interrupted or bool(session.shouldstop or session.shouldfail)
+        partial = found < expected if session.items else stopped  # the items of a controller are elsewhere
         artifacts = [run for path in {**self.found, **self.lost} for run in self._artifacts(path)]
         paths = list({**self.found, **self.lost})
         return runner.record(paths[0] if len(paths) == 1 else None, artifacts, partial=partial)

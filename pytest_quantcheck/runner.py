@@ -132,9 +132,9 @@ def artifact_run(entry: Entry, opened: Opened, outcomes: Outcomes) -> ArtifactRu
 
 
 def record(config: str | None, artifacts: list[ArtifactRun], *, partial: bool) -> Run:
-    """Return the whole run. Exit code 2: something could not be checked, or nothing was; 1: a check failed."""
+    """Return the whole run. Exit code 2: something was not checked, or nothing was; 1: all was, and a check failed."""
     statuses = {checked["status"] for artifact in artifacts for checked in artifact["checks"]}
-    unread = any(artifact["error"] for artifact in artifacts)
+    unread = partial or any(artifact["error"] for artifact in artifacts)
     return {
         "schema": 1,
         "version": version("pytest-quantcheck"),
