@@ -137,19 +137,38 @@ def diff(old: str, new: str, as_json: bool, limit: int) -> int:
 @json_option
 @strict_option
 @click.option(
-    "--min-sqnr-db", type=float, help="Require this SQNR of every tensor instead of the floor of its encoding."
+    "--min-sqnr-db",
+    "floors",
+    multiple=True,
+    metavar="[PATTERN=]DB",
+    help="Require this SQNR instead of what is expected of each encoding; of the tensors that a pattern matches, the "
+    "first pattern counts. May be given again.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
-def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db: float | None, device: str) -> int:
+@click.option("--workers", type=click.IntRange(1), help="Spread the work over so many processes instead of threads.")
+@click.option("--dask", metavar="ADDRESS", help="Spread the work over the Dask cluster with this scheduler.")
+def compare(
+    path: str,
+    reference: str,
+    as_json: bool,
+    strict: bool,
+    floors: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    dask: str | None,
+) -> int:
     """Decode PATH and compare every tensor with REFERENCE, the unquantized checkpoint. Needs torch."""
+    from pytest_quantcheck import executors
     from pytest_quantcheck.artifact import inspect as inspect_path
     from pytest_quantcheck.checks.fidelity import Limits
     from pytest_quantcheck.checks.fidelity import compare as compare_values
+    from pytest_quantcheck.report.progress import progress
 
+    limits = Limits(min_sqnr_db=_floors(floors)) if floors else Limits()
     artifact, other = inspect_path(path), inspect_path(reference)
     _require_torch(device)
-    limits = Limits() if min_sqnr_db is None else Limits(min_sqnr_db=min_sqnr_db)
-    comparison = compare_values(artifact, other, limits, device=device)
+    with executors.chosen(workers, dask) as executor, progress("comparing") as told:
+        comparison = compare_values(artifact, other, limits, device=device, executor=executor, progress=told)
     if as_json:
         from pytest_quantcheck.report.json import of_comparison
 
@@ -159,6 +178,19 @@ def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db:
 
         print_comparison(comparison)
     return _exit_code(comparison.findings, strict=strict)
+
+
+def _floors(floors: Sequence[str]) -> dict[str, float]:
+    """The floors by pattern; one without a pattern is for all, after those with one."""
+    parsed: dict[str, float] = {}
+    for floor in floors:
+        pattern, _, decibels = floor.rpartition("=")
+        try:
+            parsed[pattern] = float(decibels)
+        except ValueError:
+            raise click.UsageError(f"--min-sqnr-db `{floor}` is neither DB nor PATTERN=DB") from None
+    everything = parsed.pop("", None)
+    return parsed if everything is None else parsed | {"*": everything}
 
 
 @cli.command(short_help="Make every check of quantcheck.toml.")
@@ -180,10 +212,15 @@ def check(
     """
     from pytest_quantcheck import config as configs
     from pytest_quantcheck import lock, runner
+    from pytest_quantcheck.report import sinks
 
     if update:
         lock.require_update_allowed(force)
-    planned = runner.plan(configs.load(config or configs.find()), device=device, update=update)
+    loaded = configs.load(config or configs.find())
+    documents = as_json or sinks.shows_documents(reports)
+    planned = runner.plan(loaded, device=device, update=update, documents=documents)
+    if update and not any("baseline" in entry.settings for entry in planned.entries()):
+        raise ValueError(f"{loaded.path}: no artifact has `baseline`, so there is nothing to update")
     return _report(runner.run(planned, only=only), as_json, reports)
 
 
@@ -199,7 +236,7 @@ def _report(run: Run, as_json: bool, reports: Mapping[str, str | None]) -> int:
         print_run(run, open_console())
     sinks.write(run, reports)
     sinks.tell_github(run, lambda text: print(text, file=sys.stderr))
-    return run["exit_code"]
+    return SIGNALLED if run["partial"] else run["exit_code"]
 
 
 @cli.command("check-size", short_help="Check the size budgets of the artifacts that files belong to.")
@@ -217,7 +254,7 @@ def check_size(paths: tuple[str, ...], config: str | None) -> int:
     loaded = configs.having(configs.load(config or configs.find()), paths, SIZES)
     if not loaded.entries:
         return OK
-    run = runner.run(runner.plan(loaded), keys=SIZES)
+    run = runner.run(runner.plan(loaded, documents=False), keys=SIZES)
     return _report(run, False, {}) if run["exit_code"] else OK
 
 

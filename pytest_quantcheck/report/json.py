@@ -11,6 +11,7 @@ from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
+from pytest_quantcheck.checks.metrics import Shard
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
@@ -152,12 +153,37 @@ def _fidelity(row: Fidelity) -> dict[str, Any]:
         "name": row.name,
         "scheme": row.scheme,
         "sqnr_db": _finite(row.sqnr_db),
+        "relative_error": _finite(row.relative_error),
         "gain": _finite(row.gain),
         "bias": _finite(row.bias),
+        "cosine": _finite(row.cosine),
         "max_error": _finite(row.max_error),
+        "max_error_sigmas": _finite(row.max_error_sigmas),
+        "max_error_steps": _finite(row.max_error_steps),
+        "beyond_half_step": row.beyond_half_step,
         "min_block_sqnr_db": _finite(row.min_block_sqnr_db),
+        "min_row_sqnr_db": _finite(row.min_row_sqnr_db),
+        "worst_row": row.worst_row,
+        "zero_fraction": _finite(row.zero_fraction),
+        "reference_zero_fraction": _finite(row.reference_zero_fraction),
+        "non_finite": row.extremes.non_finite,
+        "reference_non_finite": row.extremes.reference_non_finite,
+        "changed": row.extremes.changed,
+        "rounding_sqnr_db": _finite(row.rounding_sqnr_db),
         "expected_sqnr_db": _finite(row.expected_sqnr_db),
         "verdict": verdict(row),
+        "faults": list(row.faults),
+        "shards": [_shard(shard) for shard in row.shards],
+    }
+
+
+def _shard(shard: Shard) -> dict[str, Any]:
+    sums = shard.sums
+    return {
+        "name": shard.name,
+        "sqnr_db": _finite(sums.sqnr_db),
+        "gain": _finite(sums.gain),
+        "bias": _finite(sums.bias),
     }
 
 
