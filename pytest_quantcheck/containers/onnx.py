@@ -161,6 +161,7 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
     record = {
         "operator": one.node.op_type,
         "node": one.node.name,
+        "input": one.at,
         "through": one.through,
         "type": one.weight.type.name,
         "shape": list(one.weight.shape),

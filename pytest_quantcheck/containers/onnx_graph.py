@@ -46,7 +46,14 @@ OPERATORS: dict[str, tuple[Slot, ...]] = {
     "QGemm": (_slot(3, 4, 5), _slot(6, 4, x_scale=1)),
     "QAttention": (_slot(1, 4, 7),),
     "QEmbedLayerNormalization": tuple(_slot(at, at + 6, at + 11) for at in range(2, 7)),
+    "DynamicQuantizeLSTM": (_slot(1, 8, 9), _slot(2, 10, 11)),
+    "GemmFloat8": (_slot(1, 4),),
+    "MatMulBlockQuantizedFp8Weight": (_slot(1, 2),),
     "MatMulBnb4": (_slot(1, absmax=2),),
+    "MatMulFpQ4": (_slot(1, shape=2),),
+    "MatMulNBitsMlp": (_slot(3, 4), _slot(6, 7)),
+    "MatMulNBitsQkv": (_slot(3, 4), _slot(6, 7), _slot(9, 10)),
+    "QMoE": (_slot(2, 3, 11, global_scale=15), _slot(5, 6, 12, global_scale=16), _slot(8, 9, 13)),
 }  # fmt: skip
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 WITHOUT_SCALE = ("MatMulInteger", "ConvInteger")
@@ -89,11 +96,12 @@ class Use(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An encoded weight, its other parts by name, and the node that takes them."""
+    """An encoded weight, its other parts by name, and the node that takes them, the weight as input `at`."""
 
     weight: Constant
     parts: Mapping[str, Constant]
     node: Any
+    at: int
     scope: Scope
     through: str | None = None  # the operator between the weight and the node
 
@@ -259,7 +267,7 @@ def _encoded(node: Any, scope: Scope) -> Iterator[Encoded]:
                 raise UnknownEncoding(f"{_shown(node)} takes {part} that are computed", tensor=weight.name)
         if node.op_type in WITHOUT_SCALE:
             parts |= _scale_behind(node, scope, weight)
-        yield Encoded(weight, parts, node, scope, through)
+        yield Encoded(weight, parts, node, slot.weight, scope, through)
 
 
 def _input(node: Any, index: int, scope: Scope) -> Constant | None:
