@@ -130,6 +130,9 @@ class Origin(NamedTuple):
 Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
 
 
+Steps = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
+
+
 class Rounding(NamedTuple):
     """How the values of a reference would be written in an encoding by rounding to nearest: what to expect of it.
 
@@ -138,12 +141,17 @@ class Rounding(NamedTuple):
     of `rows` (a grid of blocks of 128 rows has 128). `whole` formats scale by the largest magnitude of the whole
     tensor, which is given as `largest`; for others it is None. `margin_db` is what a sound quantizer of this format may
     stay below rounding to nearest.
+
+    `steps(tensor, start, stop, device)` returns, float32 `[rows, columns]`, twice how far a value may be from what is
+    stored for it, were it rounded to nearest under the stored scales: no error is over half of it. It is infinite for a
+    code at the end of a range that may clip. None where codes are not chosen one by one (GPTQ), or not known.
     """
 
     nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]
     rows: int = 1
     whole: bool = False
     margin_db: float = 1.5
+    steps: Steps | None = None
 
 
 class LogicalTensor(NamedTuple):

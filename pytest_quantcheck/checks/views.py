@@ -64,6 +64,18 @@ def scaled(tensor: LogicalTensor, factors: torch.Tensor, *, by_row: bool = False
     return _view(tensor.name, tensor.shape, (tensor,), decode_scaled, Scaled(tensor, factors, by_row))
 
 
+def is_view(tensor: LogicalTensor) -> bool:
+    """Whether the tensor is made of others, so that its shape cannot be read in another way."""
+    return tensor.decoder in (decode_pieces, decode_scaled)
+
+
+def is_turned(tensor: LogicalTensor) -> bool:
+    """Whether rows of the tensor are columns somewhere, so that many at once cost as much as one."""
+    if isinstance(tensor.layout, Scaled):
+        return is_turned(tensor.layout.tensor)
+    return tensor.decoder is decode_pieces and any(piece.turned for piece in tensor.layout)  # type: ignore[attr-defined]
+
+
 def decode_pieces(view: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` of a view of pieces, reading no other rows of theirs."""
     import torch
@@ -92,15 +104,30 @@ def decode_scaled(view: LogicalTensor, start: int, stop: int, device: str) -> to
 def _rows(piece: Piece, device: str) -> torch.Tensor:
     if piece.turned is None:
         return piece.tensor.decode(piece.start, piece.stop, device)[:: piece.step]
+    return _turned(piece, piece.turned, device)
+
+
+def _turned(piece: Piece, rows: int, device: str) -> torch.Tensor:
+    """Return columns of a matrix of `rows` rows as rows, without decoding more of it at once than a window.
+
+    ->  # (piece.rows, rows)
+    """
     import torch
 
-    tensor, found = piece.tensor, []
+    tensor = piece.tensor
+    turned = torch.empty((piece.rows, rows), dtype=torch.float32, device=device)
+    if not (tensor.quantized or is_view(tensor) or tensor.paired_rows) and 8 * piece.rows < tensor.columns:
+        cells = tensor._replace(shape=(tensor.params, 1))  # plain values: only these are read
+        for row in range(rows):
+            first = (piece.matrix + row) * tensor.columns
+            turned[:, row] = cells.decode(first + piece.start, first + piece.stop, device)[:: piece.step, 0]
+        return turned
     step = max(1, WINDOW // max(1, tensor.columns))
-    for first in range(0, piece.turned, step):
-        last = min(first + step, piece.turned)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
         window = tensor.decode(piece.matrix + first, piece.matrix + last, device)
-        found.append(window[:, piece.start : piece.stop : piece.step].t())
-    return torch.cat(found, dim=1)
+        turned[:, first:last] = window[:, piece.start : piece.stop : piece.step].t()
+    return turned
 
 
 def _view(

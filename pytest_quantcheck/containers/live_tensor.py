@@ -34,7 +34,7 @@ class LiveTensor(NamedTuple):
 
         if self.tensor.is_meta:
             raise FormatError("a small tensor that decides a shape is on the meta device: it has no values")
-        flat = self.tensor.detach().contiguous().view(-1).view(torch.uint8)[start:stop]
+        flat = _flat(self.tensor).view(torch.uint8)[start:stop]
         return bytearray(flat.cpu().numpy().tobytes())
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -43,10 +43,16 @@ class LiveTensor(NamedTuple):
 
         if self.tensor.is_meta:
             raise FormatError("is on the meta device: it has a shape and no values", tensor=stored.name)
-        flat = self.tensor.detach().contiguous().view(-1)
+        flat = _flat(self.tensor)
         if OF_TORCH.get(str(flat.dtype)) != stored.dtype or stored.elements != flat.numel():
             flat = flat.view(torch.uint8)
         return flat[start:stop].to(device)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values one after the other; of a single value torch keeps whatever stride it had, and then refuses a view."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.as_strided((flat.numel(),), (1,))
 
 
 class Record(NamedTuple):
@@ -196,6 +202,14 @@ def refuse(tensor: Any, name: str) -> None:
     if hasattr(tensor, "__tensor_flatten__") and not is_dtensor(tensor):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         raise UnknownEncoding(f"`{kind}` is a tensor class that no scheme knows", tensor=name)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """One dimension, elements side by side; one element alone may keep any stride, which its bytes cannot have."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1)
+    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def _nbytes(tensor: Any) -> int:
