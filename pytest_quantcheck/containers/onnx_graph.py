@@ -58,34 +58,6 @@ OPERATORS: dict[str, tuple[Slot, ...]] = {
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 WITHOUT_SCALE = ("MatMulInteger", "ConvInteger")
 
-# What an operator takes that no optimizer sees: statistics and tables of angles, by input.
-BUFFERS = {
-    "BatchNormalization": (3, 4),
-    "RotaryEmbedding": (1, 2, 3),
-    "GroupQueryAttention": (5, 6, 7, 8),
-    "Resize": (1, 2, 3),
-    "Upsample": (1,),
-    "Clip": (1, 2),
-    "Pad": (2,),
-    "OneHot": (2,),
-    "STFT": (2,),
-}
-
-# What an operator takes that an optimizer sees, where the graph generates it: weights of models without payload.
-WEIGHTS = {
-    "MatMul": (0, 1),
-    "Gemm": (0, 1, 2),
-    "Conv": (1, 2),
-    "ConvTranspose": (1, 2),
-    "Gather": (0,),
-    "BatchNormalization": (1, 2),
-    "LayerNormalization": (1, 2),
-    "InstanceNormalization": (1, 2),
-    "LSTM": (1, 2, 3),
-    "GRU": (1, 2, 3),
-    "RNN": (1, 2, 3),
-}
-
 
 class Use(NamedTuple):
     """A node that takes a constant: as which input, and in which scope."""
