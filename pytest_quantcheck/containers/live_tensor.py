@@ -204,14 +204,6 @@ def refuse(tensor: Any, name: str) -> None:
         raise UnknownEncoding(f"`{kind}` is a tensor class that no scheme knows", tensor=name)
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """One dimension, elements side by side; one element alone may keep any stride, which its bytes cannot have."""
-    import torch
-
-    flat = tensor.detach().contiguous().view(-1)
-    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
-
-
 def _nbytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
