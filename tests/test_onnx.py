@@ -150,6 +150,47 @@ def test_numbers_that_are_attributes_are_listed(tmp_path):
     assert sum(artifact.bytes.values()) == artifact.file_bytes
 
 
+def square(kind: str = "float32"):
+    return tensor("c", np.tril(np.ones((1, 1, 32, 32))), kind)
+
+
+# id, nodes between the constant `c` and its end, the constant, what it is
+WAYS = [
+    ("frequencies", [("Unsqueeze", ["c", "axes"]), ("Expand", ["0", "shape"]), ("MatMul", ["0", "x"]), ("Cos", ["0"]),
+                     ("Sin", ["2"])], tensor("c", np.ones(32)), "buffer"),
+    ("frequencies-times-positions", [("Mul", ["x", "c"]), ("Cos", ["0"]), ("Sin", ["0"])], tensor("c", np.ones(32)),
+     "buffer"),
+    ("a-layer-with-sines", [("MatMul", ["x", "c"]), ("Sin", ["0"])], tensor("c", np.ones((32, 32))), "parameter"),
+    ("a-bias-before-a-sine", [("Add", ["x", "c"]), ("Sin", ["0"]), ("Cos", ["0"])], tensor("c", np.ones(32)),
+     "parameter"),
+    ("a-gain-before-a-sine", [("Mul", ["x", "c"]), ("Sin", ["0"])], tensor("c", np.ones(32)), "parameter"),
+    ("a-mask-that-is-added", [("Slice", ["c", "axes", "axes"]), ("Add", ["x", "0"]), ("Softmax", ["1"])], square(),
+     "buffer"),
+    ("a-mask-of-bytes", [("Slice", ["c", "axes", "axes"]), ("Cast", ["0"]), ("Where", ["1", "x", "x"])],
+     square("uint8"), "buffer"),
+    ("a-square-filter", [("Conv", ["x", "c"]), ("Softmax", ["0"])], square(), "parameter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ways", "constant", "role"), [row[1:] for row in WAYS], ids=[row[0] for row in WAYS])
+def test_buffers_without_a_name_are_told_by_where_they_go(tmp_path, ways, constant, role):
+    nodes = [node(operator, inputs, str(at)) for at, (operator, inputs) in enumerate(ways)]
+    initializers = [constant, tensor("axes", [0], "int64"), tensor("shape", [1, 32, 1], "int64")]
+    artifact = inspect(save(tmp_path / "m.onnx", of_nodes(*nodes, initializers=initializers)))
+    assert artifact.tensor("c").role == role
+
+
+BUFFER_NAMES = ["cos_cache", "model.rotary_emb.cos_cached", "/model/layers.0/rotary_emb/Constant_1_output_0",
+                "layers.0.attn.causal_mask", "inv_freq", "h.0.attn.masked_bias"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*BUFFER_NAMES, "model.cosine.weight", "mask_head.weight", "rope_proj"])
+def test_names_of_buffers(tmp_path, name):
+    model = of_nodes(node("Mul", ["x", name], "y"), initializers=[tensor(name, np.ones((4, 32)))])
+    (found,) = inspect(save(tmp_path / "m.onnx", model)).tensors
+    assert found.role == ("buffer" if name in BUFFER_NAMES else "parameter")
+
+
 FILLED = [
     ("a-weight", filled([32, 3], value=tensor("", [0.5])), "parameter", 0.5),
     ("zeros-by-default", filled([32, 3]), "parameter", 0.0),
