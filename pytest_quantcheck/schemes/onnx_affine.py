@@ -46,7 +46,9 @@ OPERATORS = (
 SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
 WHOLE = ("INT8", "UINT8", "INT16", "UINT16", "INT32", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
 SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
-FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0}  # a scale for each channel
+CHANNEL_FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0}
+BLOCK_FLOORS_DB = ((8, 128, 39.0), (4, 32, 17.0), (4, 128, 14.0))  # bits, largest block
+FLOAT_FLOORS_DB = {"FLOAT8E4M3FN": 29.5, "FLOAT8E4M3FNUZ": 29.5, "FLOAT8E5M2": 24.5, "FLOAT8E5M2FNUZ": 24.5}
 
 
 INTEGERS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
@@ -98,7 +100,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         axis.block,
-        floor_db=FLOORS_DB.get(kind) if prod(layout.grid) > 1 else None,
+        floor_db=_floor_db(layout),
         rounding=_rounding(kind, shape, layout, node),
     )
 
@@ -114,6 +116,15 @@ def _rounding(kind: str, shape: tuple[int, ...], layout: Layout, node: Node) -> 
     symmetric = layout.zero_grid is None or not kind.startswith("UINT")
     to_code = rounding.symmetric(bits) if symmetric else rounding.affine(bits)
     return rounding.on_grid(to_code, shape, layout.grid, margin_db=rounding.COMPENSATED_DB)
+
+
+def _floor_db(layout: Layout) -> float | None:
+    if layout.type in FLOAT_FLOORS_DB:
+        return FLOAT_FLOORS_DB[layout.type]
+    width, block = INTEGERS.get(layout.type), layout.axis.block
+    if block is not None:
+        return next((floor for bits, size, floor in BLOCK_FLOORS_DB if bits == width and block <= size), None)
+    return CHANNEL_FLOORS_DB.get(layout.type) if prod(layout.grid) > 1 else None
 
 
 def _is_packed(node: Node) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OPERATORS = ("MatMulNBits", "MatMulNBitsMlp", "MatMulNBitsQkv")
 ROWS = {("MatMulNBitsQkv", 3): "Nq", ("MatMulNBitsQkv", 6): "Nkv", ("MatMulNBitsQkv", 9): "Nkv"}  # operator, input
 BITS = (2, 4, 8)
-FLOORS_DB = {8: 39.0, 4: 14.0}  # blocks up to 128
+FLOORS_DB = ((8, 128, 39.0), (4, 32, 17.0), (4, 128, 14.0))  # bits, largest block
 
 
 class Layout(NamedTuple):
@@ -72,7 +72,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode if reachable else None,
         layout,
         layout.block,
-        floor_db=FLOORS_DB.get(layout.bits) if layout.block <= 128 else None,
+        floor_db=next((db for bits, block, db in FLOORS_DB if layout.bits == bits and layout.block <= block), None),
         rounding=_rounding(layout, symmetric="zero_points" not in node.stored),
     )
 

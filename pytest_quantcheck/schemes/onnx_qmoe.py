@@ -32,7 +32,7 @@ MATRICES = {2: "fc1", 5: "fc2", 8: "fc3"}  # by input
 BITS = (2, 4, 8)
 SMALL_FLOATS = {"fp4": 4, "nvfp4": 4, "wfp4afp8": 4, "fp8": 8}
 SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
-FLOORS_DB = {8: 39.0, 4: 14.0}  # blocks up to 128
+FLOORS_DB = ((8, 128, 39.0), (4, 32, 17.0), (4, 128, 14.0))  # bits, largest block
 
 
 class Layout(NamedTuple):
@@ -67,7 +67,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode if node.integer("weights_prepacked", -1) == 0 else None,
         layout,
         layout.block,
-        floor_db=FLOORS_DB.get(bits) if layout.block <= 128 else None,
+        floor_db=next((db for each, block, db in FLOORS_DB if bits == each and layout.block <= block), None),
     )
 
 
