@@ -7,7 +7,9 @@ that makes no sense a `ValueError` or `TypeError`; only a check that was made an
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_quantcheck.artifact import Artifact, Subject, inspect
@@ -16,6 +18,8 @@ from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import torch
 
     from pytest_quantcheck.checks.delta import Deltas
@@ -122,29 +126,68 @@ def assert_checkpoint_intact(subject: Subject, *, values: bool = True, allow: Se
 def assert_dequant_fidelity(
     subject: Subject,
     reference: Subject,
-    min_sqnr_db: float | Literal["auto"] = "auto",
+    min_sqnr_db: float | Literal["auto"] | Mapping[str, float | Literal["auto"]] = "auto",
     *,
     gain: float | Literal["auto"] = "auto",
     bias: float = 0.05,
     min_block_sqnr_db: float | Literal["auto"] = "auto",
     max_error: float | None = None,
+    equal: bool = True,
     device: str = "cpu",
+    executor: Executor | None = None,
 ) -> Comparison:
     """Fail unless what is stored still decodes to the reference; return the comparison otherwise.
 
-    Per tensor: SQNR in dB (`"auto"`: the floor of its encoding), `gain` off 1 (`"auto"`: 0.04, more for formats of two
-    and three bits), `bias` in standard deviations of the reference, the SQNR of the worst block (`"auto"`: 3 dB, for
-    block formats of four bits and more), and `max_error` in the units of the weights. Plain tensors are compared too.
+    Per tensor: SQNR in dB (`"auto"`: what rounding the reference to nearest in the same encoding keeps, less a margin,
+    or the floor of the encoding where that is not known; a mapping of name patterns to dB), `gain` off 1 (`"auto"`:
+    0.04, more for formats of two and three bits), `bias` in standard deviations of the reference, the SQNR of the worst
+    block (`"auto"`: 3 dB, for block formats of four bits and more), and `max_error` in the units of the weights. Plain
+    tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. Work goes to `executor`
+    where one is given (processes for files only), else to threads.
     Comparing nothing, or nothing quantized, fails.
     """
     __tracebackhide__ = True
     require_torch("assert_dequant_fidelity decodes values")
     from pytest_quantcheck.checks import fidelity
 
-    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error)
-    comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device)
+    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal)
+    comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device, executor=executor)
     _require(fidelity.check_fidelity(comparison))
     return comparison
+
+
+def assert_matches_baseline(
+    subject: Subject,
+    name: str,
+    *,
+    reference: Subject | None = None,
+    growth: str | int = 0,
+    sqnr_drop_db: float = 0.1,
+    lock: str | os.PathLike[str] = "quantcheck.lock",
+    device: str = "cpu",
+) -> None:
+    """Fail unless the artifact is what the record `name` of the lock says: no tensor gone, reshaped, grown or worse.
+
+    `growth` is what the whole and each tensor may have more: `"2 %"`, `"10 MB"` or bytes. With a `reference` the SQNR
+    of each tensor is recorded, and may fall by `sqnr_drop_db`. `pytest --quantcheck-update` records, and fails once.
+    """
+    __tracebackhide__ = True
+    from pytest_quantcheck import lock as locks
+    from pytest_quantcheck.checks import baseline, diff
+
+    allowed = baseline.Allowed(baseline.parse_growth(growth), sqnr_drop_db)
+    artifact, path = inspect(subject), os.fspath(lock)
+    outline = diff.outline(artifact)
+    if reference is not None:
+        require_torch("a baseline with a reference decodes values")
+        from pytest_quantcheck.checks import fidelity
+
+        comparison = fidelity.compare(artifact, inspect(reference), device=device)
+        outline = baseline.with_fidelity(outline, comparison.tensors)
+    if locks.updating():
+        _require(locks.update(path, name, baseline.Record("test", version("pytest-quantcheck"), outline)))
+    else:
+        _require(baseline.check_baseline(locks.read(path).get(name), outline, allowed, where=path))
 
 
 def assert_same_weights(one: Subject, other: Subject, *, skip: Sequence[str] = ()) -> None:

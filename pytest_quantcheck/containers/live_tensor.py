@@ -49,6 +49,12 @@ class LiveTensor(NamedTuple):
         return flat[start:stop].to(device)
 
 
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values one after the other; of a single value torch keeps whatever stride it had, and then refuses a view."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.as_strided((flat.numel(),), (1,))
+
+
 class Record(NamedTuple):
     """A `Source` over bytes that are no tensor: what a library keeps as Python attributes."""
 
@@ -196,14 +202,6 @@ def refuse(tensor: Any, name: str) -> None:
     if hasattr(tensor, "__tensor_flatten__") and not is_dtensor(tensor):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         raise UnknownEncoding(f"`{kind}` is a tensor class that no scheme knows", tensor=name)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """One dimension, elements side by side; one element alone may keep any stride, which its bytes cannot have."""
-    import torch
-
-    flat = tensor.detach().contiguous().view(-1)
-    return flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def _nbytes(tensor: Any) -> int:

@@ -50,16 +50,19 @@ def run(model, feeds) -> torch.Tensor:
     return torch.from_numpy(np.array(session.run(None, feeds)[0]).astype(np.float32))
 
 
-def _float(rows: int, columns: int):
+def _float(rows: int, columns: int, values=None):
     """A linear as exported: the weight as [in, out] under a name that says nothing."""
     onnx = _onnx()
     weight = np.random.default_rng(rows).standard_normal((columns, rows)).astype(np.float32)
+    weight = weight if values is None else np.ascontiguousarray(values.numpy().T)
     node = onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_12"], ["y"], NODE)
     tensors = [onnx.numpy_helper.from_array(weight, "onnx::MatMul_12")]
     return model_of([node], tensors, [("x", 1, ["n", columns])], [("y", 1, ["n", rows])])
 
 
-def matmul_nbits(bits: int, block: int, columns: int, *, symmetric: bool = True, rows: int = 7, **external):
+def matmul_nbits(
+    bits: int, block: int, columns: int, *, symmetric: bool = True, rows: int = 7, values=None, **external
+):
     """Quantized by onnxruntime; its own product with the identity is the weight."""
 
     def make() -> Made:
@@ -67,11 +70,11 @@ def matmul_nbits(bits: int, block: int, columns: int, *, symmetric: bool = True,
         from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
 
         made = quantizer.MatMulNBitsQuantizer(
-            _float(rows, columns), bits=bits, block_size=block, is_symmetric=symmetric
+            _float(rows, columns, values), bits=bits, block_size=block, is_symmetric=symmetric
         )
         made.process()
-        values = run(made.model.model, {"x": np.eye(columns, dtype=np.float32)}).T
-        return Made(values, write=_write(made.model.model, **external), tolerance=1e-6)
+        decoded = run(made.model.model, {"x": np.eye(columns, dtype=np.float32)}).T
+        return Made(decoded, write=_write(made.model.model, **external), tolerance=1e-6)
 
     return make
 
