@@ -207,13 +207,14 @@ def _run(model: Any, batch: Batch) -> torch.Tensor:
     import torch
 
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             output = model(**{name: value.to(device) for name, value in batch.items()})
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     logits = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"`{type(model).__name__}` returns `{type(output).__name__}`, which has no logits")
@@ -248,12 +249,14 @@ class _Tally:
     def _add_window(self, p: torch.Tensor, q: torch.Tensor) -> None:
         import torch
 
-        finite = ~(p.isnan() | q.isnan() | (p == torch.inf) | (q == torch.inf)).any(dim=1)
-        self.not_finite += int((~finite).sum())
         log_p, log_q = p.log_softmax(dim=1), q.log_softmax(dim=1)
         share = log_p.exp()
         terms = torch.where(share > 0, share * (log_p - log_q), 0.0)
-        self.kl.append(terms.sum(dim=1).clamp(min=0).cpu())
+        kl = terms.sum(dim=1).clamp(min=0)
+        # Minus infinity rules a token out, which is sound; NaN and infinity are not, nor is ruling out all.
+        bad = (p.isnan() | q.isnan() | (p == torch.inf) | (q == torch.inf)).any(dim=1) | kl.isnan()
+        self.not_finite += int(bad.sum())
+        self.kl.append(kl.masked_fill(bad, torch.nan).cpu())
         self.tops.append(torch.stack((p.argmax(dim=1), q.argmax(dim=1)), dim=1).cpu())
 
     def result(self) -> Agreement:
