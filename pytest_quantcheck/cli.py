@@ -212,10 +212,15 @@ def check(
     """
     from pytest_quantcheck import config as configs
     from pytest_quantcheck import lock, runner
+    from pytest_quantcheck.report import sinks
 
     if update:
         lock.require_update_allowed(force)
-    planned = runner.plan(configs.load(config or configs.find()), device=device, update=update)
+    loaded = configs.load(config or configs.find())
+    documents = as_json or sinks.shows_documents(reports)
+    planned = runner.plan(loaded, device=device, update=update, documents=documents)
+    if update and not any("baseline" in entry.settings for entry in planned.entries()):
+        raise ValueError(f"{loaded.path}: no artifact has `baseline`, so there is nothing to update")
     return _report(runner.run(planned, only=only), as_json, reports)
 
 
@@ -231,7 +236,7 @@ def _report(run: Run, as_json: bool, reports: Mapping[str, str | None]) -> int:
         print_run(run, open_console())
     sinks.write(run, reports)
     sinks.tell_github(run, lambda text: print(text, file=sys.stderr))
-    return run["exit_code"]
+    return SIGNALLED if run["partial"] else run["exit_code"]
 
 
 @cli.command("check-size", short_help="Check the size budgets of the artifacts that files belong to.")
@@ -249,7 +254,7 @@ def check_size(paths: tuple[str, ...], config: str | None) -> int:
     loaded = configs.having(configs.load(config or configs.find()), paths, SIZES)
     if not loaded.entries:
         return OK
-    run = runner.run(runner.plan(loaded), keys=SIZES)
+    run = runner.run(runner.plan(loaded, documents=False), keys=SIZES)
     return _report(run, False, {}) if run["exit_code"] else OK
 
 
