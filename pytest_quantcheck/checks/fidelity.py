@@ -61,7 +61,12 @@ def compare(
     pairs, findings = pairing.pairs, list(pairing.findings)
     require_matches(limits, [tensor.name for tensor, _ in pairs])
     measured = measure_each(
-        pairs, device=device, executor=executor, workers=workers, progress=_progress(pairs, progress)
+        pairs,
+        device=device,
+        in_steps=limits.max_steps is not None,
+        executor=executor,
+        workers=workers,
+        progress=_progress(pairs, progress),
     )
     rows = [judge(row, tensor, limits) for row, (tensor, _) in zip(measured, pairs, strict=True)]
     findings += [Finding("fidelity", "error", row.name, fault) for row in rows for fault in row.faults]
