@@ -129,7 +129,7 @@ def check_fidelity(comparison: Comparison) -> Verdict:
     return Verdict("dequant-fidelity", not errors, headline, tuple(worst(lines)), comparison.findings)
 
 
-def _margin(row: Fidelity) -> tuple[bool, float]:
+def _margin(row: Fidelity) -> tuple[bool, float, float]:
     """Faulty rows first, then by how little they are above what was expected."""
-    distance = row.sqnr_db - (row.expected_sqnr_db or 0.0)
-    return not row.faults, -math.inf if math.isnan(distance) else distance
+    above = row.sqnr_db - (row.expected_sqnr_db or 0.0)
+    return not row.faults, -math.inf if math.isnan(above) else round(above, 2), row.sqnr_db
