@@ -145,6 +145,11 @@ def diff(old: str, new: str, as_json: bool, limit: int) -> int:
     "first pattern counts. May be given again.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
+@click.option(
+    "--max-steps",
+    type=float,
+    help="Allow errors of so many quantization steps, where they are known; rounding to nearest has 0.5. Slow.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Spread the work over so many processes instead of threads.")
 @click.option("--dask", metavar="ADDRESS", help="Spread the work over the Dask cluster with this scheduler.")
 def compare(
@@ -153,6 +158,7 @@ def compare(
     as_json: bool,
     strict: bool,
     floors: tuple[str, ...],
+    max_steps: float | None,
     device: str,
     workers: int | None,
     dask: str | None,
@@ -164,7 +170,7 @@ def compare(
     from pytest_quantcheck.checks.fidelity import compare as compare_values
     from pytest_quantcheck.report.progress import progress
 
-    limits = Limits(min_sqnr_db=_floors(floors)) if floors else Limits()
+    limits = Limits(min_sqnr_db=_floors(floors) if floors else "auto", max_steps=max_steps)
     artifact, other = inspect_path(path), inspect_path(reference)
     _require_torch(device)
     with executors.chosen(workers, dask) as executor, progress("comparing") as told:

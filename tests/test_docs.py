@@ -90,11 +90,11 @@ def test_json_keys_of_inspect_are_those_documented(tmp_path):
 
 
 def test_json_keys_of_compare_are_those_documented(tmp_path):
-    from pytest_quantcheck.artifact import inspect as inspect_artifact
     from pytest_quantcheck.checks.fidelity import compare
+    from tests.test_engine import pairs
 
-    artifact = inspect_artifact(_checkpoint(tmp_path))
-    produced = _keys(json_report.of_comparison(compare(artifact, artifact)))
+    comparison = compare(*pairs(tmp_path, spoil=0))
+    produced = _keys(json_report.of_comparison(comparison))
     assert produced == _documented("quantcheck compare --json")
 
 
