@@ -73,6 +73,12 @@ class StoredTensor(NamedTuple):
         """The number of stored values, which is what `numel()` says."""
         return math.prod(self.shape)
 
+    @property
+    def surplus(self) -> tuple[tuple[ByteClass, int], ...]:
+        """The bytes beyond those of the values, as of another class: a protobuf may write each value as a varint."""
+        more = self.nbytes - dtypes.nbytes(self.dtype, self.elements)
+        return (("metadata", more),) if more > 0 else ()
+
     def read(self, *, limit: int) -> bytearray:
         """Return all bytes of a small tensor; over `limit` bytes is a `FormatError`."""
         size = dtypes.nbytes(self.dtype, self.elements)
@@ -155,6 +161,7 @@ class LogicalTensor(NamedTuple):
     can be sent to another process. `transposed` says that the unquantized model keeps the matrix the other way round
     (GPT-2's Conv1D). `paired_rows` and `shift` are undone by `decode` (see `Origin`). `floor_db` is the SQNR under
     which this encoding is broken, whatever the weights; `rounding` tells what these weights can be expected to keep.
+    `copy_of` names the tensor that a `tied` one repeats, where its values told so.
     """
 
     name: str
@@ -170,6 +177,7 @@ class LogicalTensor(NamedTuple):
     paired_rows: int | None = None
     shift: float = 0.0
     rounding: Rounding | None = None
+    copy_of: str | None = None
 
     @property
     def params(self) -> int:

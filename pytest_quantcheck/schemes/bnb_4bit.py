@@ -25,15 +25,15 @@ its quant_state (FSDP, `.data` copies) is counted from its module and not decoda
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing, rounding, steps
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes import packing, rewritten, rounding, steps
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
@@ -131,6 +131,25 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
     return f"{stored.dtype} {list(stored.shape)} is packed 4-bit, but has no `{stored.name}.{STATE}nf4` or `fp4`"
 
 
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield what is mistaken in 4-bit weights: the table, the size of blocks, the mean of nested statistics."""
+    layout = tensor.layout
+    if not isinstance(layout, Layout):
+        return
+    for kind, (values, _) in TABLES.items():
+        other = rewritten.table(tensor, "quant_map", values)
+        advice = f"the codes are {kind}: `quant_type` or `quant_map` is wrong"
+        yield Reading("table", f"the table of {kind}", other, advice)
+    for blocksize in () if layout.packed_for_cpu else (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if blocksize > layout.blocksize and -(-tensor.params // blocksize) < tensor.part("absmax").elements:
+            other = tensor._replace(layout=layout._replace(blocksize=blocksize))
+            yield Reading("block-size", f"blocks of {blocksize}", other, f"`blocksize` should be {blocksize}")
+    if tensor.has("nested_absmax"):
+        shifted = tensor._replace(layout=layout._replace(nested_offset=layout.nested_offset + 1))
+        words = "a number fitted to `nested_offset`"
+        yield Reading("nested-offset", words, shifted, "`nested_offset` was lost or is another's", along=True)
+
+
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
     layout = tensor.layout
@@ -165,10 +184,11 @@ def _absmax(tensor: LogicalTensor, layout: Layout, blocks: slice, device: str) -
         return absmax.to(torch.float32)
     table = tensor.part("nested_quant_map").load(device=device).to(torch.float32)
     values = packing.look_up(absmax, table.view(-1, 1)).view(-1)
-    outer = torch.arange(blocks.start, blocks.stop, device=device) // layout.nested_blocksize
-    first = blocks.start // layout.nested_blocksize
-    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // layout.nested_blocksize), device)
-    return values.mul_(nested.to(torch.float32)[outer - first]).add_(layout.nested_offset)
+    size = layout.nested_blocksize
+    first = blocks.start // size
+    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // size), device).to(torch.float32)
+    outer = nested.repeat_interleave(size)[blocks.start - first * size : blocks.stop - first * size]
+    return values.mul_(outer).add_(layout.nested_offset)
 
 
 def _decode_packed_for_cpu(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
@@ -360,6 +380,7 @@ SCHEME = Scheme(
         "torch.ParametrizationList": expose_parametrization,
     },
     refuse=refuse,
+    alternatives=alternatives,
     source="bitsandbytes 0.50.2, functional.py, nn/modules.py and nn/parametrize.py",
     verified="bitsandbytes 0.50.2",
 )

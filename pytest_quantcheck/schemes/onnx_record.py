@@ -64,8 +64,14 @@ class Node(NamedTuple):
     def parts(self, padding: int = 0) -> tuple[Part, ...]:
         """Return all parts with their byte classes, the codes first; `padding` bytes of them are no values."""
         between: tuple[tuple[ByteClass, int], ...] = (("padding", padding),) if padding else ()
-        named = [Part(name, KINDS.get(name, "scales"), part) for name, part in self.stored.items() if name]
-        return (Part("codes", "codes", self.codes, between), *named, Part(RECORD, "bookkeeping", self.record))
+        named = [
+            Part(name, KINDS.get(name, "scales"), part, part.surplus) for name, part in self.stored.items() if name
+        ]
+        return (
+            Part("codes", "codes", self.codes, (*between, *self.codes.surplus)),
+            *named,
+            Part(RECORD, "bookkeeping", self.record),
+        )
 
 
 def find(anchor: StoredTensor, operators: tuple[str, ...], namespace: Namespace) -> Node | None:

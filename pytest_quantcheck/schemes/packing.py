@@ -67,13 +67,12 @@ def nibble_pairs(table: torch.Tensor, *, high_first: bool) -> torch.Tensor:
     """
     import torch
 
-    byte = torch.arange(256, device=table.device)
-    low, high = table[byte & 15], table[byte >> 4]
+    low, high = table.repeat(16), table.repeat_interleave(16)
     return torch.stack((high, low) if high_first else (low, high), dim=1)
 
 
 def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return `table[codes]`, a row of the table for each code; faster than indexing, and parallel.
+    """Return `table[codes]`, a row of the table for each code; several times faster than indexing.
 
     codes  # (n,) uint8 or int32
     table  # (entries, width)
@@ -81,7 +80,13 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    return torch.nn.functional.embedding(codes.to(torch.int32), table)
+    indices, width = codes.to(torch.int32), table.shape[1]
+    if width == 1:
+        return table.reshape(-1).index_select(0, indices.view(-1)).view(*codes.shape, 1)
+    if width == 2 and table.dtype == torch.float32:  # two values travel as one of twice the width
+        pairs = table.clone(memory_format=torch.contiguous_format).view(torch.float64).view(-1)
+        return pairs.index_select(0, indices.view(-1)).view(torch.float32).view(*codes.shape, 2)
+    return torch.nn.functional.embedding(indices, table)
 
 
 def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -289,14 +289,14 @@ def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, sca
 
 
 def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
-    """Return the nearest of `levels` for each value, found in a table over their range.
+    """Return the nearest of `levels` for each value, found in a table over their range; NaN takes the middle.
 
     values  # (...) float32, overwritten
     ->      # (...) float32
     """
     top = max(map(abs, levels))
     half = ENTRIES // 2 - 1
-    at = values.mul_(half / top).clamp_(-half, half).round_().add_(half)
+    at = values.mul_(half / top).clamp_(-half, half).nan_to_num_().round_().add_(half)
     table = _level_table(levels).to(values.device)
     return table.index_select(0, at.view(-1).int()).view(values.shape)
 
