@@ -33,10 +33,12 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis((), conventions.readings),  # of the schemes, see `Scheme.alternatives`
     Hypothesis(("nibbles-swapped",), conventions.nibbles),
     Hypothesis(("sign-convention",), conventions.signs),
+    Hypothesis(("borrows",), conventions.borrows),
     Hypothesis(("byte-order",), conventions.byte_order),
     Hypothesis(("float-format",), conventions.float_formats),
     Hypothesis(("scale-inverted", "scales-shifted", "scales-transposed"), conventions.scales),
     Hypothesis(("zero-point-off-by-one", "zero-points-not-meant"), conventions.zero_points),
+    Hypothesis(("codes-off-by-one",), conventions.code_offsets),
     Hypothesis(("group-index",), conventions.group_order),
     Hypothesis(("transposed",), orders.transposed),
     Hypothesis(("rotary-pairs", "rows-permuted"), orders.row_order),
