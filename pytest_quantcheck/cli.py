@@ -6,7 +6,6 @@ Exit code 0: all good, notes and warnings included. 1: findings of severity erro
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -138,19 +137,38 @@ def diff(old: str, new: str, as_json: bool, limit: int) -> int:
 @json_option
 @strict_option
 @click.option(
-    "--min-sqnr-db", type=float, help="Require this SQNR of every tensor instead of the floor of its encoding."
+    "--min-sqnr-db",
+    "floors",
+    multiple=True,
+    metavar="[PATTERN=]DB",
+    help="Require this SQNR instead of what is expected of each encoding; of the tensors that a pattern matches, the "
+    "first pattern counts. May be given again.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
-def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db: float | None, device: str) -> int:
+@click.option("--workers", type=click.IntRange(1), help="Spread the work over so many processes instead of threads.")
+@click.option("--dask", metavar="ADDRESS", help="Spread the work over the Dask cluster with this scheduler.")
+def compare(
+    path: str,
+    reference: str,
+    as_json: bool,
+    strict: bool,
+    floors: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    dask: str | None,
+) -> int:
     """Decode PATH and compare every tensor with REFERENCE, the unquantized checkpoint. Needs torch."""
+    from pytest_quantcheck import executors
     from pytest_quantcheck.artifact import inspect as inspect_path
     from pytest_quantcheck.checks.fidelity import Limits
     from pytest_quantcheck.checks.fidelity import compare as compare_values
+    from pytest_quantcheck.report.progress import progress
 
+    limits = Limits(min_sqnr_db=_floors(floors)) if floors else Limits()
     artifact, other = inspect_path(path), inspect_path(reference)
     _require_torch(device)
-    limits = Limits() if min_sqnr_db is None else Limits(min_sqnr_db=min_sqnr_db)
-    comparison = compare_values(artifact, other, limits, device=device)
+    with executors.chosen(workers, dask) as executor, progress("comparing") as told:
+        comparison = compare_values(artifact, other, limits, device=device, executor=executor, progress=told)
     if as_json:
         from pytest_quantcheck.report.json import of_comparison
 
@@ -160,6 +178,19 @@ def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db:
 
         print_comparison(comparison)
     return _exit_code(comparison.findings, strict=strict)
+
+
+def _floors(floors: Sequence[str]) -> dict[str, float]:
+    """The floors by pattern; one without a pattern is for all, after those with one."""
+    parsed: dict[str, float] = {}
+    for floor in floors:
+        pattern, _, decibels = floor.rpartition("=")
+        try:
+            parsed[pattern] = float(decibels)
+        except ValueError:
+            raise click.UsageError(f"--min-sqnr-db `{floor}` is neither DB nor PATTERN=DB") from None
+    everything = parsed.pop("", None)
+    return parsed if everything is None else parsed | {"*": everything}
 
 
 @cli.command(short_help="Make every check of quantcheck.toml.")
@@ -284,7 +315,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, allow_nan=False))  # at once: `json.dump` goes through Python for every value
+    from pytest_quantcheck.report.json import dumps
+
+    print(dumps(document))
 
 
 def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:

@@ -168,9 +168,7 @@ def _verdict(planned: Plan, entry: Entry, key: str, opened: Opened) -> Verdict:
     if key == "baseline" and planned.update:
         return _updated(planned.config, entry, opened)
     if entry.is_stale:
-        what = (
-            f"baseline: {planned.config.lock} has a record of `{entry.name}`, and no artifact of that name is checked"
-        )
+        what = f"baseline: {planned.config.lock} has a record of `{entry.name}`, and no artifact has that name"
         return Verdict("baseline", False, what, ("give the artifact its name back, or take the record out (--update)",))
     return _RUN[key](opened, entry.settings[key])
 

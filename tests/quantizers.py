@@ -58,7 +58,7 @@ def live(model: nn.Module) -> LogicalTensor:
 def on_disk(made: Made) -> LogicalTensor:
     """A tensor of a file that outlives its folder: it is read into memory."""
     folder = Path(tempfile.mkdtemp(prefix="quantizer-"))
-    return inspect(saved(made, folder)).parameters[0]
+    return next(tensor for tensor in inspect(saved(made, folder)).parameters if tensor.quantized)
 
 
 def bnb_4bit(quant_type: str, blocksize: int = 64, *, nested: bool = False) -> Quantize:
@@ -116,7 +116,7 @@ def torchao(configuration: str, **options) -> Quantize:
     return quantize
 
 
-def torchao_float8(granularity: str, *sizes: int, dtype=torch.float8_e4m3fn) -> Quantize:
+def torchao_float8(granularity: str, *sizes: tuple[int, int], dtype=torch.float8_e4m3fn) -> Quantize:
     def quantize(values: torch.Tensor) -> LogicalTensor:
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         kind = getattr(library, granularity)(*sizes)
@@ -222,7 +222,7 @@ QUANTIZERS = [
     Quantizer("gguf-tq2_0", gguf("TQ2_0"), multiple=256),
     Quantizer("float8-e4m3-tensor", torchao_float8("PerTensor"), 31.55, 31.55, 31.65),
     Quantizer("float8-e4m3-row", torchao_float8("PerRow"), 31.55, 31.55, 31.65),
-    Quantizer("float8-e4m3-block", torchao_float8("PerBlock", 128, 128), 31.55, 31.55, 31.65, multiple=128),
+    Quantizer("float8-e4m3-block", torchao_float8("PerBlock", (128, 128)), 31.55, 31.55, 31.65, multiple=128),
     Quantizer("float8-e5m2-row", torchao_float8("PerRow", dtype=torch.float8_e5m2), 25.57, 25.6, 25.6),
     Quantizer("torchao-mxfp4", torchao_mx(torch.float4_e2m1fn_x2), 18.78, 17.99, 18.16, multiple=32),
     Quantizer("torchao-mxfp8-e4m3", torchao_mx(torch.float8_e4m3fn), 30.65, multiple=32),

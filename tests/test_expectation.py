@@ -31,7 +31,7 @@ def predicted(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
 @each_quantizer
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_rounding_to_nearest_predicts_what_the_library_reaches(quantizer: Quantizer, distribution):
-    reference = weights(distribution, 120, 4096)
+    reference = weights(distribution, 128, 2048)
     tensor = quantizer.quantize(reference)
     measured = db(tensor.decode(), reference)
     expected = db(predicted(tensor, reference), reference)
@@ -54,7 +54,7 @@ def beyond(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
 @each_quantizer
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_no_value_is_beyond_half_of_its_step(quantizer: Quantizer, distribution):
-    reference = weights(distribution, 33, 1024)
+    reference = weights(distribution, 128, 384)
     tensor = quantizer.quantize(reference)
     if tensor.rounding.steps is None:
         pytest.skip("codes are not chosen one by one, or nothing says how")

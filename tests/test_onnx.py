@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_quantcheck import inspect
-from pytest_quantcheck.containers import onnx_names, onnx_wire
+from pytest_quantcheck.containers import onnx_names, onnx_tensors, onnx_wire
 from pytest_quantcheck.containers.files import open_file
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 
@@ -51,6 +52,32 @@ def packed(rows: int = 4, columns: int = 32, prefix: str = "w"):
 def nbits(inputs: list[str], output: str, name: str = "n", rows: int = 4, columns: int = 32, **attributes):
     sizes = {"K": columns, "N": rows, "bits": 4, "block_size": 32} | attributes
     return node("MatMulNBits", inputs, output, name, **MICROSOFT, **sizes)
+
+
+def external(name: str, location: str, *, shape=(2,), **entries):
+    found = TensorProto(name=name, data_type=1, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **entries}.items():
+        found.external_data.add(key=key, value=str(value))
+    return found
+
+
+def outside(location: str, **entries):
+    return model_of([], [external("w", location, **entries)], [], [])
+
+
+def two_at(offset: int, *shapes):
+    tensors = [external(name, "w.data", offset=offset, shape=shape) for name, shape in zip("ab", shapes, strict=True)]
+    return model_of([], tensors, [], [])
+
+
+def of_nodes(*nodes, initializers=()):
+    return model_of(nodes, initializers, [("x", 1, [1, 32])], [("y", 1, None)])
+
+
+def filled(shape, operator="MatMul", value=None, dtype="int64"):
+    attributes = {} if value is None else {"value": value}
+    made = node("ConstantOfShape", ["shape"], "w", **attributes)
+    return of_nodes(made, node(operator, ["x", "w"], "y"), initializers=[tensor("shape", shape, dtype)])
 
 
 def small():
@@ -103,6 +130,120 @@ def test_a_terabyte_beside_the_graph_is_counted_without_being_read(tmp_path):
     with open(tmp_path / "w.data", "wb") as file:
         file.truncate(1 << 40)
     assert inspect(save(tmp_path / "m.onnx", model)).logical_params == 1 << 38
+
+
+def test_numbers_that_are_attributes_are_listed(tmp_path):
+    """Four bytes for a float; an integer is a varint, of ten bytes where it is negative."""
+    values = {"value_floats": [0.5, 1.5, -2.0], "value_float": 3.0, "value_ints": [1, -1, 300], "value_int": 7,
+              "value_string": b"words"}  # fmt: skip
+    nodes = [helper.make_node("Constant", [], [name], **{name: value}) for name, value in values.items()]
+    nodes += [node("Mul", ["x", name], f"y{name}") for name in values]
+    nodes.append(node("Resize", ["x", "", "value_floats"], "z"))
+    artifact = inspect(save(tmp_path / "m.onnx", of_nodes(*nodes)))
+    found = {t.name: (t.role, t.shape, t.nbytes, t.decode().flatten().tolist()) for t in artifact.tensors}
+    assert found == {
+        "value_floats": ("parameter", (3,), 12, [0.5, 1.5, -2.0]),
+        "value_float": ("buffer", (), 4, [3.0]),
+        "value_ints": ("buffer", (3,), 13, [1.0, -1.0, 300.0]),
+        "value_int": ("buffer", (), 1, [7.0]),
+    }
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+FILLED = [
+    ("a-weight", filled([32, 3], value=tensor("", [0.5])), "parameter", 0.5),
+    ("zeros-by-default", filled([32, 3]), "parameter", 0.0),
+    ("a-mask", filled([32, 3], "Add"), "buffer", 0.0),
+    ("in-16-bit", filled([32, 3], value=tensor("", [0.5], "float16")), "parameter", 0.5),
+]
+
+
+@pytest.mark.parametrize(("model", "role", "value"), [row[1:] for row in FILLED], ids=[row[0] for row in FILLED])
+def test_weights_that_the_graph_generates_are_listed_and_weigh_nothing(tmp_path, model, role, value):
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    weight = artifact.tensor("w")
+    assert (weight.role, weight.shape, weight.nbytes) == (role, (32, 3), 0)
+    assert weight.decode(5, 9).tolist() == [[value] * 3] * 4
+    assert artifact.logical_params == (96 if role == "parameter" else 0)
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_two_tensors_at_one_place_are_tied(tmp_path):
+    (tmp_path / "w.data").write_bytes(np.arange(6, dtype="float32").tobytes())
+    artifact = inspect(save(tmp_path / "m.onnx", two_at(0, (2, 3), (2, 3))))
+    assert [(t.name, t.role, t.nbytes) for t in artifact.tensors] == [("a", "parameter", 24), ("b", "tied", 0)]
+    assert (artifact.logical_params, artifact.tied_params) == (6, 6)
+    assert artifact.tensor("b").decode().tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_a_packed_weight_at_one_place_is_tied_with_its_scales(tmp_path):
+    (tmp_path / "w.data").write_bytes(bytes(range(64)) + np.ones(8, dtype="float32").tobytes())
+
+    def beside(name, kind, shape, offset):
+        found = external(name, "w.data", shape=shape, offset=offset)
+        found.data_type = kind
+        return found
+
+    def model(second):
+        tensors = [beside(f"{w}", 2, (4, 1, 16), 0) for w in "ab"]
+        tensors += [beside("a_s", 1, (4, 1), 64), beside("b_s", 1, (4, 1), second)]
+        return of_nodes(nbits(["x", "a", "a_s"], "y"), nbits(["x", "b", "b_s"], "z"), initializers=tensors)
+
+    tied = inspect(save(tmp_path / "tied.onnx", model(64)))
+    assert [(t.role, t.nbytes) for t in tied.tensors] == [("parameter", 80), ("tied", 0)]
+    scaled = inspect(save(tmp_path / "scaled.onnx", model(80)))
+    assert [(t.role, t.nbytes) for t in scaled.tensors] == [("parameter", 80), ("parameter", 16)]
+    assert (tied.logical_params, scaled.logical_params) == (128, 256)
+
+
+def test_files_of_a_folder_weigh_with_its_model(tmp_path):
+    model = model_of([], [external("w", "m.onnx_data")], [], [])
+    for name, size in {
+        "m.onnx_data": 8,
+        "tokenizer.json": 100,
+        "m.onnx_data_1": 30,
+        "model.safetensors.bak": 5,
+    }.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    save(tmp_path / "m.onnx", model)
+    artifact = inspect(tmp_path)
+    assert artifact.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert {file.name: file.kind for file in artifact.beside} == {
+        "tokenizer.json": "metadata", "m.onnx_data_1": "dead", "model.safetensors.bak": "metadata"}  # fmt: skip
+    assert artifact.bytes["dead"] == 30
+    assert [finding.check for finding in artifact.findings] == ["orphan-file"]
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+    save(tmp_path / "m_q4.onnx", small())
+    with pytest.raises(FormatError, match=r"holds 2 ONNX models \(m.onnx, m_q4.onnx\): name one"):
+        inspect(tmp_path)
+    assert inspect(tmp_path / "m_q4.onnx").logical_params == 227
+
+
+def test_the_checksum_of_what_lies_beside_is_verified(tmp_path, monkeypatch):
+    (tmp_path / "w.data").write_bytes(bytes(8))
+    path = save(tmp_path / "m.onnx", outside("w.data", checksum=hashlib.sha1(bytes(8)).hexdigest().upper()))
+    assert inspect(path).findings == ()
+    monkeypatch.setattr(onnx_tensors, "CHECKSUM_LIMIT", 7)
+    (finding,) = inspect(path).findings
+    assert (finding.check, finding.severity) == ("external-checksum", "note")
+
+
+def test_hard_links_within_the_folder_are_read(tmp_path):
+    (tmp_path / "w.data").write_bytes(bytes(8))
+    os.link(tmp_path / "w.data", tmp_path / "same.data")
+    assert inspect(save(tmp_path / "m.onnx", outside("same.data"))).logical_params == 2
+
+
+def test_numbers_in_typed_fields_are_read_in_windows(tmp_path):
+    values = np.random.default_rng(0).integers(-9, 9, 100_000)
+    typed = helper.make_tensor("w", TensorProto.INT8, [1000, 100], values)
+    nodes = [node("DequantizeLinear", ["w", "s"], "y")]
+    path = save(tmp_path / "m.onnx", model_of(nodes, [typed, tensor("s", 1.0)], [], [("y", 1, None)]))
+    weight = inspect(path).tensor("w")
+    assert path.stat().st_size > 4 * onnx_tensors.PIECE
+    for start, stop in ((0, 3), (1, 2), (499, 502), (997, 1000), (0, 1000)):
+        assert weight.decode(start, stop).flatten().tolist() == values[start * 100 : stop * 100].tolist()
 
 
 def test_the_graph_is_kept_without_its_weights(tmp_path):
@@ -249,29 +390,30 @@ def test_without_the_onnx_package_the_extra_is_named(tmp_path, monkeypatch):
         inspect(path)
 
 
-def external(name: str, location: str, *, shape=(2,), **entries):
-    found = TensorProto(name=name, data_type=1, dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": location, **entries}.items():
-        found.external_data.add(key=key, value=str(value))
-    return found
-
-
-def outside(location: str, **entries):
-    return model_of([], [external("w", location, **entries)], [], [])
-
-
 def pair(first: int, second: int):
     return model_of([], [external("a", "w.data", offset=first), external("b", "w.data", offset=second)], [], [])
+
+
+def two_checksums():
+    return model_of([], [external(n, "w.data", offset=8 * i, checksum=n * 40) for i, n in enumerate("ab")], [], [])
+
+
+def sparse_constant():
+    values, indices = tensor("", [1.0]), tensor("", [2], "int64")
+    made = helper.make_node("Constant", [], ["w"], sparse_value=helper.make_sparse_tensor(values, indices, [4]))
+    return of_nodes(made, node("Add", ["x", "w"], "y"))
+
+
+def training():
+    model = small()
+    model.training_info.add().algorithm.name = "step"
+    return model
 
 
 def changed(change):
     found = tensor("w", [1.0, 2.0])
     change(found)
     return model_of([], [found], [], [])
-
-
-def of_nodes(*nodes, initializers=()):
-    return model_of(nodes, initializers, [("x", 1, [1, 32])], [("y", 1, None)])
 
 
 def sparse():
@@ -314,6 +456,16 @@ REFUSED = [
     ("length-that-differs", outside("w.data", length=12), "needs 8 bytes"),
     ("location-missing", outside(""), "without a location"),
     ("overlap", pair(0, 4), "no overlaps"),
+    ("one-place-two-shapes", two_at(0, (2,), (1, 2)), "no overlaps"),
+    ("hard-link-out", outside("hard"), "hard links are not read"),
+    ("wrong-checksum", outside("w.data", checksum="ab" * 20), "the graph says `abab"),
+    ("two-checksums", two_checksums(), "another checksum"),
+    ("filled-to-a-negative-shape", filled([32, -3]), "is filled to the shape [32, -3]"),
+    ("filled-without-end", filled([32, 1 << 40]), "values)"),
+    ("filled-to-a-shape-in-32-bit", filled([32, 3], dtype="int32"), "not INT64"),
+    ("filled-with-two-values", filled([32, 3], value=tensor("", [1.0, 2.0])), "is not one number"),
+    ("sparse-constant", sparse_constant(), "Constant with `sparse_value`"),
+    ("training", training(), "training_info"),
     ("negative-dimension", changed(lambda t: t.dims.__setitem__(0, -2)), "has the shape [-2]"),
     ("too-few-bytes", changed(lambda t: setattr(t, "raw_data", b"1234")), "8 bytes has 4"),
     ("two-fields", changed(lambda t: t.float_data.append(1.0)), "twice"),
@@ -346,6 +498,7 @@ def test_what_cannot_be_read_exactly_is_refused(model, what, tmp_path):
     (folder / "w.data").write_bytes(bytes(100))
     (folder / "folder").mkdir()
     os.symlink(tmp_path / "secret", folder / "link")
+    os.link(tmp_path / "secret", folder / "hard")
     with pytest.raises(FormatError) as caught:
         inspect(save(folder / "m.onnx", model))
     assert any(part in str(caught.value) for part in what.split("|")), str(caught.value)

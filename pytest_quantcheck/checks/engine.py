@@ -28,7 +28,7 @@ from pytest_quantcheck.tensor import LogicalTensor
 if TYPE_CHECKING:
     import torch
 
-WINDOW = 1 << 18
+WINDOW = 1 << 19
 GPU_WINDOW = 1 << 24
 ROWS = 4096  # of a window at most, so that no sum over rows is long
 SLAB = 1 << 24
@@ -94,6 +94,7 @@ def measure_each(
 
 def measure_slabs(slabs: Sequence[Slab]) -> list[Measured]:
     """Return what each slab has: the function that is sent to other threads and processes."""
+    _keep_freed_memory()
     return [_measure(slab) for slab in slabs]
 
 
@@ -116,6 +117,16 @@ def _running(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc keep what windows free, where it is glibc's: else each window faults in all of its pages anew.
+
+    A large block that is freed raises its thresholds for good (mallopt(3), M_MMAP_THRESHOLD, dynamic adjustment).
+    """
+    import torch
+
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _in_order(executor: Executor, batches: list[list[Slab]]) -> Iterator[Measured]:
@@ -231,6 +242,8 @@ def _held(tensor: LogicalTensor) -> LogicalTensor:
 
 def _reference_rows(slab: Slab, reference: LogicalTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield the windows of a slab with the rows of the reference; many at once where they are columns of a matrix."""
+    if not slab.tensor.params:
+        return
     strip = slab.step
     if views.is_turned(reference):
         strip = max(slab.step, STRIP // max(1, slab.tensor.columns) // slab.step * slab.step)
@@ -256,7 +269,7 @@ def _fidelity(tensor: LogicalTensor, parts: list[Measured]) -> Fidelity:
     shards = [Sums() for _ in parts[0].shards]
     for part in parts:
         shards = [one.plus(more) for one, more in zip(shards, part.shards, strict=True)]
-    named = tuple(Shard(name, sums) for name, sums in zip(where.names, shards, strict=False) if sums.count)
+    named = tuple(Shard(name, sums) for name, sums in zip(where.names, shards, strict=False) if sums.values)
     return Fidelity(
         tensor.name,
         tensor.scheme,

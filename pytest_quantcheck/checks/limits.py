@@ -137,13 +137,13 @@ def _given(name: str, limits: Limits) -> Decibels:
 def _not_finite(row: Fidelity) -> Iterator[str]:
     for count, what in ((row.extremes.non_finite, "decoded"), (row.extremes.reference_non_finite, "reference")):
         if count:
-            yield f"{count:,} of {row.sums.count:,} {what} values are NaN or infinite"
+            yield f"{count:,} of {row.sums.values:,} {what} values are NaN or infinite"
 
 
 def _changed(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[str]:
     if limits.equal and row.extremes.changed:
         dtype = tensor.stored.dtype
-        yield f"{row.extremes.changed:,} of {row.sums.count:,} values are not those of the reference in {dtype}"
+        yield f"{row.extremes.changed:,} of {row.sums.values:,} values are not those of the reference in {dtype}"
 
 
 def _scales(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[str]:
@@ -157,7 +157,7 @@ def _scales(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[st
 
 def _wrong(row: Fidelity, is_right: Callable[[Sums], bool]) -> Iterator[tuple[str, Sums]]:
     """The whole where it is wrong in all of its shards or in none; the shards that are wrong where some are."""
-    shards = [shard for shard in row.shards if shard.sums.count >= SHARD_VALUES]
+    shards = [shard for shard in row.shards if shard.sums.values >= SHARD_VALUES]
     wrong = [shard for shard in shards if not is_right(shard.sums)]
     if len(wrong) < len(shards):
         yield from ((f" of {shard.name}", shard.sums) for shard in wrong)
@@ -169,10 +169,9 @@ def _places(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[st
     """The worst block and the worst row; what rounding to nearest does no better is nobody's fault."""
     seen = row.extremes
     usual = MIN_BLOCK_DB if (tensor.floor_db or 0) >= MIN_BLOCK_FROM_DB else None
+    floor, block = usual if tensor.block else None, ratio_db(seen.lost_block if row.rounds else seen.min_block)
     if limits.min_block_sqnr_db != "auto":
         floor, block = limits.min_block_sqnr_db, row.min_block_sqnr_db
-    else:
-        floor, block = usual if tensor.block else None, ratio_db(seen.lost_block if row.rounds else seen.min_block)
     if floor is not None and not block >= floor:
         yield f"worst block has {block:.1f} dB, under {floor:.1f} dB: a block is dead or corrupt"
     lost = ratio_db(seen.lost_row)

@@ -21,7 +21,7 @@ LOST = 4.0  # 6 dB of noise more than rounding makes
 class Sums(NamedTuple):
     """Sums over a run of values; those of two runs are added to those of both."""
 
-    count: int = 0
+    values: int = 0
     signal: float = 0.0  # reference^2
     noise: float = 0.0  # error^2
     cross: float = 0.0  # reference * error
@@ -31,7 +31,8 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """Return the sums over both runs."""
-        return Sums(*(one + two for one, two in zip(self, other, strict=True)))
+        values, *sums = (one + two for one, two in zip(self, other, strict=True))
+        return Sums(int(values), *sums)
 
     @property
     def sqnr_db(self) -> float:
@@ -56,13 +57,13 @@ class Sums(NamedTuple):
     @property
     def sigma(self) -> float:
         """The standard deviation of the reference."""
-        mean = self.total / self.count if self.count else 0.0
-        return math.sqrt(max(0.0, self.signal / self.count - mean * mean)) if self.count else 0.0
+        mean = self.total / self.values if self.values else 0.0
+        return math.sqrt(max(0.0, self.signal / self.values - mean * mean)) if self.values else 0.0
 
     @property
     def bias(self) -> float:
         """The mean error, in standard deviations of the reference."""
-        drift = self.drift / self.count if self.count else 0.0
+        drift = self.drift / self.values if self.values else 0.0
         return drift / self.sigma if self.sigma else drift
 
     @property
@@ -83,9 +84,9 @@ class Extremes(NamedTuple):
     """What is seen in one place of a tensor only, and what is counted value by value.
 
     `min_block` and `min_row` are ratios of signal to noise; `row` is where the latter is. `lost_block` and `lost_row`
-    look only at those that lost more than `LOST` against rounding to nearest; row `lost_at` is the latter. `changed` counts values of a plain tensor that are not the
-    reference in its dtype. `max_steps` is the largest error in quantization steps, and `beyond` counts the values that
-    are further than half a step away.
+    look only at those with `LOST` times the noise of rounding to nearest; row `lost_at` is the latter. `changed` counts
+    values of a plain tensor that are not the reference in its dtype. `max_steps` is the largest error in quantization
+    steps, and `beyond` counts the values that are further than half a step away.
     """
 
     max_error: float = 0.0
@@ -226,12 +227,12 @@ class Fidelity(NamedTuple):
     @property
     def zero_fraction(self) -> float:
         """The share of decoded values that are exactly zero."""
-        return self.extremes.zeros / self.sums.count if self.sums.count else 0.0
+        return self.extremes.zeros / self.sums.values if self.sums.values else 0.0
 
     @property
     def reference_zero_fraction(self) -> float:
         """The share of reference values that are exactly zero."""
-        return self.extremes.reference_zeros / self.sums.count if self.sums.count else 0.0
+        return self.extremes.reference_zeros / self.sums.values if self.sums.values else 0.0
 
 
 def sqnr_db(signal: float, noise: float) -> float:

@@ -16,7 +16,7 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.checks import integrity
+from pytest_quantcheck.checks import cost, integrity
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part
 from pytest_quantcheck.ties import EMBEDDINGS, HEADS
@@ -127,6 +127,7 @@ class Explanation(NamedTuple):
     expected_bytes: int | None
     code_bytes: int
     reasons: tuple[Reason, ...]
+    cost: cost.Cost
 
 
 class _Base(NamedTuple):
@@ -165,6 +166,7 @@ def explain(artifact: Artifact) -> Explanation:
         ceil(params * base.code_bits / 8) if base else None,
         sum(tensor.bytes.get("codes", 0) for tensor in artifact.tensors if tensor.quantized),
         _reasons(shares, artifact.file_bytes),
+        cost.felt(artifact),
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SHORT = 64
+LONG = (4096, 2048, 1024, 512, 256, 128)
 HALF_STEP = 0.5 * (1 + 1e-4)  # a tie falls on either side, and scales are rounded
 
 
@@ -35,27 +36,28 @@ class Rows(NamedTuple):
 def measure(
     decoded: torch.Tensor, reference: torch.Tensor, rounded: torch.Tensor | None, *, block: int | None, first: int
 ) -> Rows:
-    """Return the sums of each row and the extremes of a window of rows from `first` on; a block starts where it does."""
+    """Return the sums of each row and the extremes of a window whose first row is `first`; a block starts there too."""
     import torch
 
     width = block if block and decoded.shape[1] % block == 0 else min(SHORT, decoded.shape[1])
+    long = next((length for length in LONG if decoded.shape[1] % length == 0), width)
     error = decoded - reference
     scratch = torch.empty_like(error)
     parts = [
         _short_sums(torch.mul(reference, reference, out=scratch), width),
         _short_sums(torch.mul(error, error, out=scratch), width),
-        _short_sums(torch.mul(reference, error, out=scratch), width),
-        _short_sums(reference, width),
-        _short_sums(error, width),
+        _short_sums(torch.mul(reference, error, out=scratch), long),
+        _short_sums(reference, long),
+        _short_sums(error, long),
     ]
     deviation = None if rounded is None else rounded.sub_(reference)
     if deviation is not None:
         parts.append(_short_sums(torch.mul(deviation, deviation, out=scratch), width))
     sums = torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts])
-    counts = (0, 0)
+    non_finite = [0, 0]
     if not bool(torch.isfinite(sums).all()):
-        counts = tuple(int((~torch.isfinite(values)).sum()) for values in (decoded, reference))
-        if not any(counts) and error.dtype == torch.float32:  # the squares are too large for it, the values are not
+        non_finite = [int((~torch.isfinite(values)).sum()) for values in (decoded, reference)]
+        if not any(non_finite) and error.dtype == torch.float32:  # the squares are too large for it, the values are not
             rounded = None if deviation is None else deviation.double() + reference.double()
             return measure(decoded.double(), reference.double(), rounded, block=block, first=first)
     if width == block:
@@ -68,8 +70,8 @@ def measure(
         max_error=_magnitude(error),
         zeros=_zeros(decoded, scratch),
         reference_zeros=_zeros(reference, scratch),
-        non_finite=counts[0],
-        reference_non_finite=counts[1],
+        non_finite=non_finite[0],
+        reference_non_finite=non_finite[1],
     )
     if deviation is None:
         sums = torch.cat((sums, torch.zeros_like(sums[:1])))
@@ -106,7 +108,7 @@ def _short_sums(values: torch.Tensor, width: int) -> torch.Tensor:
     import torch
 
     whole = values.shape[1] // width * width
-    sums = values[:, :whole].unflatten(1, (-1, width)).sum(dim=2)
+    sums = values[:, :whole].reshape(len(values), -1, width).sum(dim=2)
     if whole == values.shape[1]:
         return sums
     return torch.cat((sums, values[:, whole:].sum(dim=1, keepdim=True)), dim=1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
+from pytest_quantcheck.checks.metrics import Shard
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
@@ -21,7 +23,13 @@ SCHEMA = 1
 
 def render(run: Run) -> str:
     """Return what `quantcheck check --json` prints."""
-    return json.dumps(run, allow_nan=False) + "\n"
+    return dumps(run) + "\n"
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """Return a document as one line: names as they are, but written so that no CI log takes one for a command."""
+    # At once: `json.dump` goes through Python for every value.
+    return json.dumps(document, allow_nan=False).replace("##", "#\\u0023")
 
 
 def of_artifact(artifact: Artifact) -> dict[str, Any]:
@@ -71,6 +79,7 @@ def of_explanation(explanation: Explanation, root: Node) -> dict[str, Any]:
         "expected_bytes": explanation.expected_bytes,
         "code_bytes": explanation.code_bytes,
         "reasons": [_reason(reason) for reason in explanation.reasons],
+        "cost": _cost(explanation.cost),
         "tree": _node(root),
     }
 
@@ -90,6 +99,16 @@ def of_difference(difference: Difference, limit: int) -> dict[str, Any]:
         "unchanged": difference.unchanged,
         "tensors": [change._asdict() | {"growth": change.growth} for change in difference.tensors[:limit]],
         "rest": {"tensors": len(rest), "growth": sum(change.growth for change in rest)},
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "downloads": [
+            {"megabits_per_second": link.megabits, "seconds": round(link.seconds, 3)} for link in cost.downloads
+        ],
+        "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
+        "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
     }
 
 
@@ -134,12 +153,37 @@ def _fidelity(row: Fidelity) -> dict[str, Any]:
         "name": row.name,
         "scheme": row.scheme,
         "sqnr_db": _finite(row.sqnr_db),
+        "relative_error": _finite(row.relative_error),
         "gain": _finite(row.gain),
         "bias": _finite(row.bias),
+        "cosine": _finite(row.cosine),
         "max_error": _finite(row.max_error),
+        "max_error_sigmas": _finite(row.max_error_sigmas),
+        "max_error_steps": _finite(row.max_error_steps),
+        "beyond_half_step": row.beyond_half_step,
         "min_block_sqnr_db": _finite(row.min_block_sqnr_db),
+        "min_row_sqnr_db": _finite(row.min_row_sqnr_db),
+        "worst_row": row.worst_row,
+        "zero_fraction": _finite(row.zero_fraction),
+        "reference_zero_fraction": _finite(row.reference_zero_fraction),
+        "non_finite": row.extremes.non_finite,
+        "reference_non_finite": row.extremes.reference_non_finite,
+        "changed": row.extremes.changed,
+        "rounding_sqnr_db": _finite(row.rounding_sqnr_db),
         "expected_sqnr_db": _finite(row.expected_sqnr_db),
         "verdict": verdict(row),
+        "faults": list(row.faults),
+        "shards": [_shard(shard) for shard in row.shards],
+    }
+
+
+def _shard(shard: Shard) -> dict[str, Any]:
+    sums = shard.sums
+    return {
+        "name": shard.name,
+        "sqnr_db": _finite(sums.sqnr_db),
+        "gain": _finite(sums.gain),
+        "bias": _finite(sums.bias),
     }
 
 

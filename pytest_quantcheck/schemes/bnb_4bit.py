@@ -184,10 +184,11 @@ def _absmax(tensor: LogicalTensor, layout: Layout, blocks: slice, device: str) -
         return absmax.to(torch.float32)
     table = tensor.part("nested_quant_map").load(device=device).to(torch.float32)
     values = packing.look_up(absmax, table.view(-1, 1)).view(-1)
-    outer = torch.arange(blocks.start, blocks.stop, device=device) // layout.nested_blocksize
-    first = blocks.start // layout.nested_blocksize
-    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // layout.nested_blocksize), device)
-    return values.mul_(nested.to(torch.float32)[outer - first]).add_(layout.nested_offset)
+    size = layout.nested_blocksize
+    first = blocks.start // size
+    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // size), device).to(torch.float32)
+    outer = nested.repeat_interleave(size)[blocks.start - first * size : blocks.stop - first * size]
+    return values.mul_(outer).add_(layout.nested_offset)
 
 
 def _decode_packed_for_cpu(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import slabs
+from pytest_quantcheck.schemes import rounding, slabs
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=size,
         floor_db=18.5 if meta.get("nbits") == 4 and size <= 64 else None,
+        rounding=_rounding(meta.get("nbits"), size, shape, kept_in_groups=layout.axis == 1),
     )
+
+
+def _rounding(bits: object, size: int, shape: tuple[int, ...], *, kept_in_groups: bool) -> Rounding | None:
+    """Plain rounding, which HQQ's search improves.
+
+    Groups along the other axis run through the whole matrix: for them stand groups of as many neighbours.
+    """
+    if type(bits) is not int or not 1 < bits <= 8:
+        return None
+    expected = rounding.flat(rounding.from_least(bits), size, shape[-1])
+    return expected if kept_in_groups else expected._replace(margin_db=rounding.COMPENSATED_DB)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

@@ -28,10 +28,10 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import onnx_record, packing
+from pytest_quantcheck.schemes import onnx_record, packing, rounding
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,9 @@ SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
 WHOLE = ("INT8", "UINT8", "INT16", "UINT16", "INT32", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
 SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
 FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0}  # a scale for each channel
+
+
+INTEGERS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
 
 
 class Axis(NamedTuple):
@@ -93,7 +96,21 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         axis.block,
         floor_db=FLOORS_DB.get(kind) if prod(layout.grid) > 1 else None,
+        rounding=_rounding(kind, shape, layout, node),
     )
+
+
+def _rounding(kind: str, shape: tuple[int, ...], layout: Layout, node: Node) -> Rounding | None:
+    """Codes of four bits and fewer may have been calibrated."""
+    if kind.startswith("FLOAT8E4M3FN") or kind == "FLOAT8E5M2":
+        dtype = "float8_e5m2" if kind == "FLOAT8E5M2" else "float8_e4m3fn"
+        return rounding.placed_floats(dtype, shape, 1, shape[-1]) if shape else None
+    bits = INTEGERS.get(kind)
+    if bits is None or not shape or "x_scale" in node.stored:
+        return None
+    symmetric = layout.zero_grid is None or not kind.startswith("UINT")
+    to_code = rounding.symmetric(bits) if symmetric else rounding.affine(bits)
+    return rounding.on_grid(to_code, shape, layout.grid, margin_db=rounding.COMPENSATED_DB)
 
 
 def _is_packed(node: Node) -> bool:

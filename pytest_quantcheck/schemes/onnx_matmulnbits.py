@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import onnx_record, packing
+from pytest_quantcheck.schemes import onnx_record, packing, rounding
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,14 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         layout.block,
         floor_db=FLOORS_DB.get(layout.bits) if layout.block <= 128 else None,
+        rounding=_rounding(layout, symmetric="zero_points" not in node.stored),
     )
+
+
+def _rounding(layout: Layout, *, symmetric: bool) -> Rounding:
+    """Olive and others also write what GPTQ found."""
+    to_code = rounding.extreme(layout.bits, scale="float32") if symmetric else rounding.affine(layout.bits)
+    return rounding.grouped(to_code, layout.block, margin_db=rounding.COMPENSATED_DB)
 
 
 def _layout(node: Node, columns: int) -> Layout:

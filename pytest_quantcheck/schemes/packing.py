@@ -67,8 +67,7 @@ def nibble_pairs(table: torch.Tensor, *, high_first: bool) -> torch.Tensor:
     """
     import torch
 
-    byte = torch.arange(256, device=table.device)
-    low, high = table[byte & 15], table[byte >> 4]
+    low, high = table.repeat(16), table.repeat_interleave(16)
     return torch.stack((high, low) if high_first else (low, high), dim=1)
 
 

@@ -4,6 +4,7 @@
     extreme      s = -(the w of largest |w|) / 2**(bits - 1)    w' as symmetric: the extreme is met exactly
     affine       s = (max - min) / (levels - 1)            w' = (clamp(round(w / s) + z) - z) * s, z = round(-min / s)
                  where the zero point is a float           w' = round((w - min) / s) * s + min
+    from_edge    the same from the end of greater magnitude, and s such that 0 has a code
     codebook     s = max|w| / max|level|                   w' = s * the level nearest to w / s
     small_float  s = max|w| / the largest float            w' = s * float8(w / s)
 
@@ -12,8 +13,9 @@
     tiled        blocks of rows and columns
     whole        one block
 
-A scale is kept in float32, float16 or bfloat16; as a power of two (`floor`, `ceil`, `even`: how the exponent is found);
-as E4M3 (`e4m3`), or as E4M3 under one scale of the window (`e4m3-scaled`); or as bitsandbytes' 8-bit codes (`nested`).
+A scale is kept in float32, float16 or bfloat16; as a power of two (`floor`, `ceil`, `even`, `nearest`: that is how its
+exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of the window (`e4m3-scaled`); or as codes of 8 bits, as
+bitsandbytes does (`nested`).
 
 Left out: what a quantizer does beyond rounding. Calibrated methods minimize another error, and get a wider margin.
 """
@@ -25,18 +27,22 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
+from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import LogicalTensor, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
-ScaleKind = Literal["float32", "float16", "bfloat16", "floor", "ceil", "even", "e4m3", "e4m3-scaled", "nested"]
+ScaleKind = Literal[
+    "float32", "float16", "bfloat16", "floor", "ceil", "even", "nearest", "e4m3", "e4m3-scaled", "nested"
+]
 
 # What error-compensating and searching methods may stay below rounding to nearest.
 COMPENSATED_DB = 3.0
 # Entries of the table that stands for a codebook: a value this near to a boundary may fall on the other side of it.
 ENTRIES = 1 << 16
 NESTED_BLOCK = 256
+WINDOW = 1 << 22  # values: blocks that take more of whole rows are not predicted
 E4M3_MAX = 448.0
 
 # Rounds blocks (n, size), each by itself, given the largest magnitude of all where that is what scales them.
@@ -64,6 +70,59 @@ def whole(round_: Round, *, margin_db: float = 1.5, steps: Steps | None = None) 
     return Rounding(partial(_whole, round_=round_), whole=True, margin_db=margin_db, steps=steps)
 
 
+def placed(
+    round_: Round,
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    *,
+    margin_db: float = 1.5,
+    steps: Steps | None = None,
+) -> Rounding | None:
+    """Return the rounding of blocks of `height` rows and `width` columns; None where windows cannot hold a block."""
+    if height <= 1:
+        return grouped(round_, width, margin_db=margin_db, steps=steps)
+    if height >= math.prod(shape[:-1]) and width >= shape[-1]:
+        return whole(round_, margin_db=margin_db, steps=steps)
+    if height * shape[-1] > WINDOW:
+        return None
+    return tiled(round_, height, width, margin_db=margin_db, steps=steps)
+
+
+def placed_floats(
+    dtype: str,
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    *,
+    scale: ScaleKind = "float32",
+    margin_db: float = 1.5,
+    steps: Steps | None = None,
+) -> Rounding:
+    """Return the rounding to 8-bit floats in blocks; floats keep as much under a scale of a window as of a tensor."""
+    round_ = small_float(dtype, scale=scale)
+    placing = placed(round_, shape, height, width, margin_db=margin_db, steps=steps)
+    if placing is None or placing.whole:
+        return Rounding(partial(_whole, round_=round_), margin_db=margin_db, steps=steps)
+    return placing
+
+
+def on_grid(
+    round_: Round, shape: tuple[int, ...], grid: tuple[int, ...], *, margin_db: float = 1.5, steps: Steps | None = None
+) -> Rounding | None:
+    """Return the rounding of a tensor cut into so many blocks along each dimension; None where rows are not in one."""
+    blocks = [-(-size // max(1, number)) for size, number in zip(shape, grid, strict=True)]
+    height, leading = 1, list(zip(shape[:-1], blocks[:-1], strict=True))
+    while leading:
+        size, block = leading.pop()
+        height *= block
+        if block < size:
+            break
+    if any(block > 1 for _, block in leading):
+        return None
+    return placed(round_, shape, height, blocks[-1], margin_db=margin_db, steps=steps)
+
+
 def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to signed integers; `reach` is the code of the largest magnitude, by default half the range.
 
@@ -86,6 +145,11 @@ def affine(bits: int, *, scale: ScaleKind = "float32") -> Round:
 def from_least(bits: int, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to unsigned integers above the least value, which is kept like the scale."""
     return partial(_from_least, levels=2**bits, scale=scale)
+
+
+def from_edge(bits: int, *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to unsigned integers from the minimum or the maximum, whichever is of greater magnitude."""
+    return partial(_from_edge, levels=2**bits, scale=scale)
 
 
 def codebook(levels: tuple[float, ...], *, scale: ScaleKind = "float32") -> Round:
@@ -176,6 +240,20 @@ def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, sca
     return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
 
 
+def _from_edge(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
+    import torch
+
+    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    lower = low.abs() > high.abs()
+    edge, step = torch.where(lower, low, high), (high - low) / (levels - 1)
+    step = torch.where(lower, step, -step)
+    steps_to_zero = (edge * _inverse(step)).round_()
+    step = torch.where(steps_to_zero == 0, step, edge / steps_to_zero)
+    scales = scale_of(step, 1.0, scale)
+    least = scale_of(edge.masked_fill(steps_to_zero == 0, 0.0), 1.0, scale)
+    return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
+
+
 def _codebook(
     blocks: torch.Tensor, largest: float | None, *, levels: tuple[float, ...], scale: ScaleKind
 ) -> torch.Tensor:
@@ -223,6 +301,13 @@ def kept_in(stored: StoredTensor) -> ScaleKind:
     return {"F16": "float16", "BF16": "bfloat16"}.get(stored.dtype, "float32")  # type: ignore[return-value]
 
 
+def float_of(stored: StoredTensor) -> str:
+    """Return torch's name for the 8-bit float that a part is stored in."""
+    name = DTYPES[stored.dtype].torch
+    assert name is not None
+    return name
+
+
 def _largest(blocks: torch.Tensor, largest: float | None) -> torch.Tensor:
     return blocks.abs().amax(dim=1, keepdim=True) if largest is None else blocks.new_full((1, 1), largest)
 
@@ -248,6 +333,8 @@ def scale_of(largest: torch.Tensor, top: float, kind: ScaleKind) -> torch.Tensor
         case "even":
             mantissa, exponent = torch.frexp(largest)  # 0.5 to 1: rounded to one bit as E2M1 rounds
             return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), largest)
+        case "nearest":
+            return _power(torch.round(torch.log2(largest / top)), largest)
         case "e4m3":
             return _e4m3(largest / top)
         case "e4m3-scaled":

@@ -145,7 +145,7 @@ def _floats(tensor: LogicalTensor, start: int, stop: int, device: str, *, dtype:
     import torch
 
     kind = torch.finfo(getattr(torch, dtype))
-    one = 0x38 if kind.eps == 2.0**-3 else 0x3C
+    one = int(torch.tensor(1.0).to(getattr(torch, dtype)).view(torch.uint8))
     scale = filled(tensor, one).decode(start, stop, device)
     level = (tensor.decode(start, stop, device) / scale).abs_()
     exponent = torch.frexp(level).exponent - 1
