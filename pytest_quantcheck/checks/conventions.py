@@ -146,7 +146,9 @@ def code_offsets(sample: Sample) -> Iterator[Attempt]:
             change = partial(rewritten.add, bits=bits, number=number)
             words = f"every code one {'higher' if number > 0 else 'lower'}, round the end"
             other = rewritten.part(tensor, tensor.parts[0].name, change)
-            yield _read(sample, "codes-off-by-one", words, other, "the packer takes them for signed, or counts from one")
+            yield _read(
+                sample, "codes-off-by-one", words, other, "the packer takes them for signed, or counts from one"
+            )
 
 
 def group_order(sample: Sample) -> Iterator[Attempt]:
