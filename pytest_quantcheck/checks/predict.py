@@ -1,7 +1,7 @@
 """The size of a model that nobody has quantized yet: what a recipe writes, read by the schemes as a file would be.
 
-tensor bytes = what the tensors of the written files have, exactly
-file bytes   = tensor bytes + headers, metadata, padding: not predicted
+    tensor bytes = what the tensors of the written files have, exactly
+    file bytes   = tensor bytes + headers, metadata, padding: not predicted
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ FFN_DOWN: Mapping[str, Choice] = {
     "q2_k": _always("Q3_K"),
     "q2_k_s": _first(8, "Q4_K"),
     "iq3_xxs": lambda facts, i, n: None if facts.imatrix else "Q4_K" if i < n // 8 else "Q3_K",
-    "q3_k_m": lambda facts, i, n: "Q5_K" if i < n // 16 else None if facts.falcon and not more(i, n) else "Q4_K",
+    "q3_k_m": lambda facts, i, n: (
+        "Q5_K" if i < n // 16 else None if facts.falcon and not more(i, n) else "Q4_K"
+    ),
     "iq3_m": lambda facts, i, n: "Q4_K" if i < n // 8 or (facts.experts == 8 and more(i, n)) else None,
     "q3_k_l": lambda facts, i, n: "Q4_K" if facts.falcon else "Q5_K",
     "q4_k_m": lambda facts, i, n: _falcon_down(i, n) if facts.falcon else "Q6_K" if more(i, n) else None,
@@ -299,9 +301,7 @@ def _fitting(chosen: str, tensor: StoredTensor) -> str:
         return chosen
     smaller = FALLBACK.get(chosen, chosen)
     if smaller == chosen and DTYPES[chosen].block > 32:
-        raise ValueError(
-            f"`{tensor.name}` has {columns:,} columns, no multiple of the {DTYPES[chosen].block} of {chosen}"
-        )
+        raise ValueError(f"`{tensor.name}` has {columns:,} columns, no multiple of the {DTYPES[chosen].block} of {chosen}")
     return "F16" if columns % DTYPES[smaller].block else smaller
 
 

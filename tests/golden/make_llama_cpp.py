@@ -110,9 +110,7 @@ def quantize(library: ctypes.CDLL, source: Path, target: Path, ftype: int, sizes
     """Run `llama_model_quantize`: False where it refuses. `sizes` are the lengths of the rows of an importance matrix, by tensor."""
     parameters = library.llama_model_quantize_default_params()
     parameters.ftype, parameters.threads = ftype, 2
-    entries = [
-        Importance(name.encode(), (ctypes.c_float * size)(*[1.0] * size), size) for name, size in (sizes or {}).items()
-    ]
+    entries = [Importance(name.encode(), (ctypes.c_float * size)(*[1.0] * size), size) for name, size in (sizes or {}).items()]
     table = (Importance * (len(entries) + 1))(*entries)
     if sizes:
         parameters.imatrix = ctypes.cast(table, ctypes.c_void_p)
@@ -159,9 +157,7 @@ def record(config: dict[str, object], library: ctypes.CDLL) -> dict[str, object]
         rows = {row[0]: row[2][-1] * (row[2][-3] if len(row[2]) > 2 else 1) for row in unquantized if len(row[2]) > 1}
         quantized = {}
         for recipe, imatrix in recipes(config):
-            written = quantize(
-                library, folder / "f16.gguf", folder / "out.gguf", FTYPES[recipe], rows if imatrix else None
-            )
+            written = quantize(library, folder / "f16.gguf", folder / "out.gguf", FTYPES[recipe], rows if imatrix else None)
             suffix = "-imat" if imatrix and recipe not in ALWAYS_WITH_IMATRIX else ""
             quantized[recipe + suffix] = [row[1] for row in read(folder / "out.gguf")] if written else []
         keys = metadata(folder / "f16.gguf")
