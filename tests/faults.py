@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -615,6 +616,37 @@ FAULTS = [
 ]  # fmt: skip
 
 
+INTRODUCTION = """# Faults that are seen
+
+What went wrong for real users with the weights of quantized models, injected into small tensors: each fault fails the check named here, and the same artifact without it passes.
+The numbers are those of the project's list of field failures; `tests/faults.py` has the bytes that each row changes, and its tests hold this page to what they say.
+
+The checks are the assertions of the [reference](api.md): fidelity is `assert_dequant_fidelity`, integrity `assert_checkpoint_intact`, params `assert_logical_params`, same weights `assert_same_weights`, module output `assert_module_output`. "opens" means that nothing of it can be read: every command and assertion says so.
+What is named is what the [diagnosis](../howto/failures.md#what-the-diagnosis-names) proves or tells by its signature.
+"""
+
+
+def page() -> str:
+    """Return docs/reference/faults.md: the table, then what each check says."""
+    said = [_said(fault) for fault in FAULTS]
+    table = ["| # | fault | check | named |", "|---:|---|---|---|"]
+    table += [f"| {f.row} | {f.what} | {f.check if f.make else 'not run'} | {_named(f)} |" for f in FAULTS]
+    messages = [f"## {f.row}: {f.what}\n\n{text}" for f, text in zip(FAULTS, said, strict=True)]
+    return "\n".join([INTRODUCTION, *table, ""]) + "\n" + "\n".join(messages)
+
+
+def _named(fault: Fault) -> str:
+    return f"`{fault.diagnosis}`" if fault.diagnosis else ""
+
+
+def _said(fault: Fault) -> str:
+    if fault.make is None:
+        return f"Not run: {fault.reason}.\n"
+    with tempfile.TemporaryDirectory() as folder:
+        said = outcome(fault, Path(folder) / "model", broken=True)
+    return f"```text\n{said}\n```\n" if said else f"Passes the check of {fault.check}.\n"
+
+
 def outcome(fault: Fault, folder: Path, *, broken: bool) -> str | None:
     """What the check of a row says, or None where it passes."""
     assert fault.make is not None
@@ -624,3 +656,7 @@ def outcome(fault: Fault, folder: Path, *, broken: bool) -> str | None:
     except (AssertionError, FormatError) as error:
         return str(error).replace(str(folder), "FOLDER")
     return None
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

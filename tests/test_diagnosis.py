@@ -1,8 +1,10 @@
-"""The diagnosis: each hypothesis is named where it is true, nothing where nothing is, and a sample is all it decodes."""
+"""The diagnosis: a fault is named where it is, nothing where nothing is, and no more is decoded than a sample."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +170,8 @@ def one_of_each_scheme() -> list:
 def test_no_scheme_is_given_a_fault_it_has_not(case, tmp_path):
     """Against its own values nothing is named; against values of no relation nothing is proved."""
     made = case.make()
+    for name, content in made.files.items():
+        (tmp_path / name).write_text(json.dumps(content))
     artifact = inspect(made.live or (made.write(tmp_path) if made.write else saved(tmp_path, made)))
     for tensor in artifact.parameters:
         try:
@@ -242,3 +246,10 @@ def test_every_name_has_one_spelling():
     names = [name for hypothesis in HYPOTHESES for name in hypothesis.names]
     assert len(names) == len(set(names))
     assert all(scheme.alternatives is None or callable(scheme.alternatives) for scheme in SCHEMES)
+
+
+def test_every_name_is_in_the_documentation():
+    page = (Path(__file__).parents[1] / "docs/howto/failures.md").read_text()
+    told = {name for hypothesis in HYPOTHESES for name in hypothesis.names} | {"bias", "unrelated", "zeros"}
+    told |= {fault.diagnosis for fault in faults.FAULTS if fault.diagnosis}
+    assert [name for name in sorted(told) if f"`{name}`" not in page] == []
