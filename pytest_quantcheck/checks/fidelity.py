@@ -7,8 +7,9 @@ failure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import zip_longest
 from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
@@ -128,17 +129,27 @@ def _vacuous(rows: list[Fidelity]) -> Iterator[Finding]:
 def check_fidelity(comparison: Comparison) -> Verdict:
     """Turn a comparison into a verdict: worst tensors first."""
     errors = [finding for finding in comparison.findings if finding.severity == "error"]
-    likely = [finding for finding in comparison.findings if finding.check == "diagnosis"]
+    likely = {finding.tensor: finding.message for finding in comparison.findings if finding.check == "diagnosis"}
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     wrong = {finding.tensor for finding in errors if finding.tensor}
     headline = f"fidelity: {counted(len(comparison.tensors), 'tensor')} compared{total}, {len(wrong):,} wrong"
     by_tensor: dict[str | None, list[str]] = {}
-    for finding in (*errors, *likely):
+    for finding in errors:
         by_tensor.setdefault(finding.tensor, []).append(finding.message)
     order = {row.name: at for at, row in enumerate(comparison.tensors)}
     names = sorted(by_tensor, key=lambda name: order.get(name or "", -1))
     lines = [f"{name + ': ' if name else ''}{'; '.join(by_tensor[name])}" for name in names]
-    return Verdict("dequant-fidelity", not errors, headline, tuple(worst(lines)), comparison.findings)
+    return Verdict(
+        "dequant-fidelity", not errors, headline, tuple(_explained(lines, names, likely)), comparison.findings
+    )
+
+
+def _explained(lines: list[str], names: list[str | None], likely: Mapping[str | None, str]) -> Iterator[str]:
+    """Yield the worst lines, and under each what is likely wrong with its tensor."""
+    for line, name in zip_longest(worst(lines), names[:WORST]):
+        yield line
+        if name in likely:
+            yield f"  {likely[name]}"
 
 
 def _margin(row: Fidelity) -> tuple[bool, float, float]:
