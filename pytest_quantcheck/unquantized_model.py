@@ -1,9 +1,9 @@
 """The unquantized model of a configuration, on the meta device: a process of its own.
 
 Reads `{"config", "shapes"}` as JSON from stdin and writes what transformers has to say to stdout: of tensors of these
-shapes what its loader says, and where `shapes` is null the tensors that its checkpoint holds. So its renames, its merges
-of experts and its ties are not done a second time here. Run by `architecture`, never imported: a configuration comes
-from strangers, so it is built offline, without remote code, in bounded time and memory.
+shapes what its loader says, and where `shapes` is null the tensors that its checkpoint holds. So its renames, its
+merges of experts and its ties are not done a second time here. Run by `architecture`, never imported: a configuration
+comes from strangers, so it is built offline, without remote code, in bounded time and memory.
 """
 
 from __future__ import annotations

@@ -65,9 +65,7 @@ def _of_config(path: str, config: Mapping[str, Any], dtype: str | None) -> Unqua
     if dtype is None and said is None:
         raise ValueError(f"{path}: names no dtype of 16 or 32 bits: give --dtype")
     answer = architecture.described(path, config)
-    weights = tuple(
-        Weight(name, tuple(shape), kind, tuple(wide)) for name, shape, kind, wide in answer["tensors"]
-    )
+    weights = tuple(Weight(name, tuple(shape), kind, tuple(wide)) for name, shape, kind, wide in answer["tensors"])
     chosen = SHORT[dtype] if dtype else str(said)
     return Unquantized(path, config, chosen, answer["parameters"], weights, answer["tied_head"])
 

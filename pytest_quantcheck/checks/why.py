@@ -202,7 +202,7 @@ def _of_tensor(tensor: LogicalTensor, base: _Base | None, first: str | None) -> 
     elif tensor.quantized:
         yield from _encoded(tensor, base)
     else:
-        yield _Share(_plain_kind(tensor), size, tensor.name, _dtype(tensor), tuple(_plain_savings(tensor, base)))
+        yield _Share(plain_kind(tensor), size, tensor.name, _dtype(tensor), tuple(_plain_savings(tensor, base)))
 
 
 def _buffer(tensor: LogicalTensor) -> _Share:
@@ -211,7 +211,8 @@ def _buffer(tensor: LogicalTensor) -> _Share:
     return _Share(kind, tensor.nbytes, tensor.name, _dtype(tensor), made)
 
 
-def _plain_kind(tensor: LogicalTensor) -> Kind:
+def plain_kind(tensor: LogicalTensor) -> Kind:
+    """Return what an unquantized parameter is: embedding, head, vectors, matrices or adapters."""
     if tensor.role == "adapter":
         return "adapters"
     if len(tensor.shape) < 2:

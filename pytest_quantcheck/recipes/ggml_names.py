@@ -5,8 +5,9 @@
     shape     as the checkpoint has it; Conv1D matrices turned
     extra     `rope_freqs` of Llama 3's RoPE scaling, `rope_factors_*` of Phi 3's
 
-Source: llama.cpp (0c5d8d21 and later), conversion/base.py `prepare_tensors`, conversion/*.py. Every architecture here was converted by it
-and compared (tests/golden/make_llama_cpp.py); others are refused.
+Source: llama.cpp, conversion/base.py `prepare_tensors`, conversion/*.py (0c1e5709). Every architecture here was
+converted by it and compared (tests/golden/make_llama_cpp.py); others are refused. So is Gemma 3, whose embedding is cut
+to the tokenizer, which a configuration does not know.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from pytest_quantcheck.tensor import StoredTensor
 # `model_type` of a configuration -> `general.architecture` of the file.
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2",
     "phi3": "phi3", "gpt2": "gpt2", "starcoder2": "starcoder2", "olmo": "olmo", "olmo2": "olmo2",
     "cohere": "command-r", "granite": "granite", "smollm3": "smollm3", "arcee": "arcee",
 }  # fmt: skip
 WITH_ROPE_FREQS = frozenset({"llama", "granite", "smollm3", "arcee"})
 WIDE = frozenset({"ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd"})
+# Matrices of one row there, vectors here.
+SQUEEZED = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
 _EXPERT = re.compile(r"(?<=\.experts)\.[0-9]+(?=\.)")
 
 
@@ -35,9 +38,7 @@ def architecture(config: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the architecture; one that is not known here is a `ValueError`."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"what llama.cpp makes of model_type `{kind}` is not known here: convert it to F16 and predict from that GGUF"
-        )
+        raise ValueError(f"llama.cpp's names for `{kind}` are not known here: predict from an F16 GGUF of it")
     return ARCHITECTURES[kind]
 
 
@@ -45,7 +46,7 @@ def tensors(model: Unquantized, experts: int) -> list[StoredTensor]:
     """Return the tensors of the F16 file; a tensor without a name in llama.cpp is a `ValueError`."""
     kind = architecture(model.config)
     layers, modules = gguf_names.modules_of(kind, experts > 0)
-    names = {there: name for name, there in modules.items()}
+    names = SQUEEZED | {there: name for name, there in modules.items()}
     found: dict[str, StoredTensor] = {}
     stacks: dict[str, int] = {}
     for weight in model.weights:
@@ -73,6 +74,7 @@ def _stored(name: str, weight: Weight) -> StoredTensor:
     module, _, last = name.rpartition(".")
     is_wide = module.rpartition(".")[2] in WIDE or module.endswith("_norm") or last != "weight"
     shape = weight.linear_shape if weight.kind == "conv1d" else weight.shape
+    shape = shape[1:] if name.split(".")[-2] in SQUEEZED.values() else shape
     return stored(name, "F32" if is_wide or len(shape) < 2 else "F16", *shape)
 
 

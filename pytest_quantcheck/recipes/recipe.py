@@ -2,8 +2,8 @@
 
     Unquantized  ->  Recipe.write  ->  Written: stored tensors under the format's own names, and its configuration
 
-A recipe knows names, dtypes and shapes, never values. What is codes, scales or zero points is not said here: the schemes
-read what was written, as they read a real file.
+A recipe knows names, dtypes and shapes, never values. What is codes, scales or zero points is not said here: the
+schemes read what was written, as they read a real file.
 """
 
 from __future__ import annotations
