@@ -76,17 +76,12 @@ def predict(
         recipes.named(name)
     with uncollected():
         model = unquantized(path, dtype)
-        predicted = tuple(_predicted(name, model) for name in names or recipes.shown())
-    for row in predicted:
+        rows = tuple(predicted(name, model) for name in names or recipes.shown())
+    for row in rows:
         if row.refused and names:
             raise ValueError(f"recipe `{row.recipe}`: {row.refused}")
-    return Prediction(
-        model.source,
-        model.parameters,
-        model.dtype,
-        predicted,
-        tuple(Fit(budget, size, _within(size, predicted)) for budget, size in budgets),
-    )
+    fitting = tuple(Fit(budget, size, _within(size, rows)) for budget, size in budgets)
+    return Prediction(model.source, model.parameters, model.dtype, rows, fitting)
 
 
 def bytes_by_class(artifact: Artifact) -> dict[ByteClass, int]:
@@ -110,7 +105,8 @@ def kept(artifact: Artifact) -> list[Kept]:
     return sorted(rows, key=lambda row: -row.bytes)
 
 
-def _predicted(name: str, model: Unquantized) -> Predicted:
+def predicted(name: str, model: Unquantized) -> Predicted:
+    """Return what one recipe makes of a model, or why it cannot."""
     recipe, options = recipes.named(name)
     try:
         written = recipe.write(model, options)
@@ -127,6 +123,6 @@ def _predicted(name: str, model: Unquantized) -> Predicted:
     return Predicted(name, recipe.title, artifact, written.less)
 
 
-def _within(size: int, predicted: Sequence[Predicted]) -> tuple[str, ...]:
-    fitting = [(row.artifact.file_bytes, row.recipe) for row in predicted if row.artifact]
-    return tuple(name for nbytes, name in sorted(fitting, reverse=True) if nbytes <= size)
+def _within(size: int, rows: Sequence[Predicted]) -> tuple[str, ...]:
+    fitting = [(row.artifact.file_bytes, row.recipe) for row in rows if row.artifact]
+    return tuple(name for nbytes, name in sorted(fitting, key=lambda row: -row[0]) if nbytes <= size)

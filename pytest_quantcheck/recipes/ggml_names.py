@@ -29,8 +29,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 WITH_ROPE_FREQS = frozenset({"llama", "granite", "smollm3", "arcee"})
 WIDE = frozenset({"ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd"})
-# Matrices of one row there, vectors here.
-SQUEEZED = {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
 _EXPERT = re.compile(r"(?<=\.experts)\.[0-9]+(?=\.)")
 
 
@@ -46,7 +44,7 @@ def tensors(model: Unquantized, experts: int) -> list[StoredTensor]:
     """Return the tensors of the F16 file; a tensor without a name in llama.cpp is a `ValueError`."""
     kind = architecture(model.config)
     layers, modules = gguf_names.modules_of(kind, experts > 0)
-    names = SQUEEZED | {there: name for name, there in modules.items()}
+    names = {there: name for name, there in modules.items()}
     found: dict[str, StoredTensor] = {}
     stacks: dict[str, int] = {}
     for weight in model.weights:
@@ -74,7 +72,6 @@ def _stored(name: str, weight: Weight) -> StoredTensor:
     module, _, last = name.rpartition(".")
     is_wide = module.rpartition(".")[2] in WIDE or module.endswith("_norm") or last != "weight"
     shape = weight.linear_shape if weight.kind == "conv1d" else weight.shape
-    shape = shape[1:] if name.split(".")[-2] in SQUEEZED.values() else shape
     return stored(name, "F32" if is_wide or len(shape) < 2 else "F16", *shape)
 
 
