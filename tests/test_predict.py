@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import pytest_quantcheck.report
-from pytest_quantcheck import architecture, inspect, recipes, unquantized_model
+from pytest_quantcheck import FormatError, architecture, cli, inspect, recipes, unquantized_model
 from pytest_quantcheck.checks.predict import bytes_by_class, kept, predict, predicted
 from pytest_quantcheck.recipes.recipe import Unquantized, Weight
 from tests import layouts, models
@@ -167,31 +167,41 @@ def parts(recipe, rows, columns):
     return {tensor.name.removeprefix("layers.0."): (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
-def packed(record):
+def packed(case):
     names = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "F16"}
-    return {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in record.tensors.items()}
+    return {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in case.tensors.items()}
 
 
-def packed_by_the_library(family, **wanted):
-    for name, case in golden.read(family).items():
-        config = case.record.get("config", {})
-        if all(config.get(key) == value for key, value in wanted.items()) and case.values.dim() == 2:
-            yield pytest.param(case, id=name)
+def is_of_the_recipe(case):
+    """Whether the recipes write such a layer: words of 32 bits, whole words, no embedding, no planes."""
+    config, tensors = case.record["config"], case.tensors
+    whole = case.values.dim() == 2 and not case.values.shape[0] % 32 and not case.values.shape[1] % 32
+    is_linear = "layer.g_idx" in tensors or config["quant_method"] == "awq"
+    return whole and is_linear and config["bits"] in (2, 3, 4, 8) and tensors["layer.qweight"].dtype == torch.int32
 
 
-@pytest.mark.parametrize("case", [*packed_by_the_library("gptq", quant_method="gptq")])
-def test_gptqmodel_packs_what_was_predicted(case):
+PACKED = [
+    *(("gptq", name) for name, case in golden.read("gptq").items() if is_of_the_recipe(case)),
+    *(
+        ("awq", name)
+        for name, case in golden.read("awq").items()
+        if case.record["config"].get("version") == "gemm" and case.record["config"]["bits"] == 4
+    ),
+]
+
+
+def test_there_are_packed_layers_to_compare():
+    assert [family for family, _ in PACKED].count("gptq") >= 4
+    assert [family for family, _ in PACKED].count("awq") >= 1
+
+
+@pytest.mark.parametrize(("family", "name"), PACKED)
+def test_gptqmodel_and_autoawq_pack_what_was_predicted(family, name):
+    case = golden.read(family)[name]
     rows, columns = case.values.shape
-    config, made = case.record["config"], packed(case)
-    if config["bits"] not in (2, 3, 4, 8) or "layer.g_idx" not in made or rows % 32 or columns % 32:
-        pytest.skip("a width, a layer or a padding that the recipe does not write")
-    assert parts(f"gptq-{config['bits']}-g{config['group_size']}-sym", rows, columns) == made
-
-
-@pytest.mark.parametrize("case", [*packed_by_the_library("awq", version="gemm", bits=4)])
-def test_the_awq_kernels_pack_what_was_predicted(case):
-    rows, columns = case.values.shape
-    assert parts(f"awq-4-g{case.record['config']['group_size']}", rows, columns) == packed(case)
+    config = case.record["config"]
+    group = "row" if config["group_size"] == -1 else f"g{config['group_size']}"
+    assert parts(f"{family}-{config['bits']}-{group}", rows, columns) == packed(case)
 
 
 def test_transformers_makes_the_fp8_layer_that_was_predicted():
@@ -346,10 +356,19 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("config", "said"), [row[1:] for row in CONFIGS], ids=[row[0] for row in CONFIGS])
-def test_a_bad_configuration_is_one_line(tmp_path, config, said):
-    done = quantcheck("predict", written(tmp_path / "model", config))
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert said in done.stderr
+def test_a_bad_configuration_is_one_line(tmp_path, monkeypatch, capsys, config, said):
+    def ask(source, config, shapes):
+        try:
+            return unquantized_model.described(unquantized_model.cleaned(config))
+        except unquantized_model.Unknown as error:
+            raise FormatError(f"its architecture is not known: {error}", file=source) from None
+
+    monkeypatch.setattr(architecture, "_ask", ask)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["predict", str(written(tmp_path / "model", config))])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert said in printed.err
 
 
 def test_a_configuration_without_transformers_is_refused_politely(tmp_path, monkeypatch):
