@@ -100,6 +100,7 @@ SAVED = [
     ("mixtral", "int8"),
     ("gpt2", "nf4"),
     ("gpt2", "bf16"),
+    ("falcon", "nf4"),  # its linears are a class of their own: not replaced, and not known by their names
     ("llama-tied", "bf16"),
     ("mixtral", "bf16"),
 ]
@@ -112,7 +113,7 @@ def test_transformers_and_bitsandbytes_write_what_was_predicted(tmp_path, monkey
     model = models.load(source, **MADE.get(recipe, {}))
     model.save_pretrained(tmp_path / "quantized")
     made = inspect(tmp_path / "quantized")
-    for path in (source, source / "config.json"):
+    for path in [source / "config.json", *([source] if kind != "falcon" else [])]:
         (row,) = predict(path, [recipe]).predicted
         measured, expected = classes(made), classes(row.artifact)
         records = expected.pop("bookkeeping", 0)
@@ -240,7 +241,8 @@ def test_onnxruntime_writes_what_was_predicted(tmp_path, bits, block, zero, shap
     made.process()
     onnx.save(made.model.model, tmp_path / "q.onnx")
     linears = tuple(Weight(f"layers.{at}.w.weight", shape, "linear") for at, shape in enumerate(shapes))
-    source = Unquantized("a model", {}, "F32", sum(rows * columns for rows, columns in shapes), linears)
+    config = {"model_type": "llama"}
+    source = Unquantized("a model", config, "F32", sum(rows * columns for rows, columns in shapes), linears)
     row = predicted(f"matmulnbits-{bits}-b{block}-{zero}", source)
     assert classes(row.artifact) == classes(inspect(tmp_path / "q.onnx"))
 
@@ -292,12 +294,13 @@ def test_what_stays_unquantized_is_told(tmp_path, monkeypatch):
 
 
 def llama_file(tmp_path, **more):
-    """A small checkpoint, written sparse: 64 wide, two layers."""
+    """A small checkpoint, written sparse: 64 wide, two layers; `more` are other shapes by name."""
     model = models.config_of("llama")
     names = {"model.embed_tokens.weight": (131, 64), "lm_head.weight": (131, 64), "model.norm.weight": (64,)}
     names |= {f"model.layers.{at}.mlp.up_proj.weight": (96, 64) for at in range(2)} | more
     tmp_path.mkdir(exist_ok=True)
-    entries = [layouts.Entry(name, "BF16", shape) for name, shape in names.items()]
+    kinds = {"position_ids": "I64"}
+    entries = [layouts.Entry(name, kinds.get(name.rpartition(".")[2], "BF16"), shape) for name, shape in names.items()]
     layouts.write_file(tmp_path / "model.safetensors", entries)
     (tmp_path / "config.json").write_text(json.dumps(model.to_dict() | {"dtype": "bfloat16"}))
     return tmp_path
@@ -318,14 +321,26 @@ def test_every_recipe_of_the_table_is_tried_and_says_why_it_is_not_for_the_model
     assert [row.recipe for row in found.predicted] == list(recipes.shown())
     refused = {row.recipe: row.refused for row in found.predicted if row.refused}
     assert set(refused) == {"awq-4-g128", "fp8-block"}
-    assert "inputs of 128" in refused["awq-4-g128"]
+    assert "no multiple of 128" in refused["awq-4-g128"]
     assert all((row.artifact is None) == (row.refused is not None) for row in found.predicted)
+
+
+def test_a_buffer_keeps_its_bytes_and_never_counts(tmp_path):
+    without, buffered = (
+        predict(llama_file(tmp_path / name, **more), ["fp32", "int8"])
+        for name, more in (("without", {}), ("with", {"model.position_ids": (1, 40)}))
+    )
+    assert buffered.logical_params == without.logical_params
+    for row, other in zip(buffered.predicted, without.predicted, strict=True):
+        assert row.artifact.file_bytes - other.artifact.file_bytes == 8 * 40
+        assert bytes_by_class(row.artifact)["buffers"] == 8 * 40
 
 
 REFUSED = [
     ("unknown-recipe", {}, ["nf5"], "recipe `nf5` is not one of fp32"),
     ("unknown-name", {"model.layers.0.strange.weight": (3, 5)}, ["nf4"], "name does not say what it is"),
-    ("odd-group", {}, ["awq-4-g128"], "multiple of 8, inputs of 128"),
+    ("odd-group", {}, ["awq-4-g128"], "has 64 inputs, no multiple of 128"),
+    ("tower", {"model.encoder.layers.0.fc1.weight": (64, 64)}, ["gptq-4-g32"], "is of no text decoder"),
     ("odd-block", {}, ["matmulnbits-4-b24"], "power of 2 from 16"),
     ("no-such-bits", {}, ["gptq-9-g32"], "recipe `gptq-9-g32` is not one of"),
 ]

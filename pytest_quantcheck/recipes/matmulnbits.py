@@ -38,6 +38,8 @@ def write(model: Unquantized, options: Mapping[str, str]) -> Written:
     check(model)
     if any(weight.kind in ("expert", "stack") for weight in model.weights):
         raise ValueError("exporters write the experts of a mixture in more than one way")
+    if not model.config and not model.ggml and all(weight.kind != "head" for weight in model.weights):
+        raise ValueError("whether its output head is tied is not known: a config.json says that")
     dtype = "F16" if options["half"] else "F32"
     return Written(_tensors(model, Layout(int(options["bits"]), block, options["zero"] == "asym", dtype)))
 
