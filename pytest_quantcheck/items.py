@@ -8,7 +8,6 @@ controller alone merges and writes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -62,19 +61,9 @@ class ArtifactNode(pytest.Collector):
     @cached_property
     def opened(self) -> Opened:
         """The artifact, read when the first of its checks is made."""
-        return self.planned._replace(device=self._device()).opened(self.entry)
-
-    def _device(self) -> str:
-        """Where to decode: the CPU, unless pytest is told otherwise."""
-        wanted = self.config.getoption("quantcheck_device") or self.config.getini("quantcheck_device")
-        if not wanted or not self.entry.reference or importlib.util.find_spec("torch") is None:
-            return self.planned.device
-        from pytest_quantcheck import devices
-
-        try:
-            return devices.choose(str(wanted), worker=worker_index(self.config)).name
-        except ValueError as error:
-            pytest.fail(f"quantcheck: {error}", pytrace=False)
+        wanted = self.config.getoption("quantcheck_device") or self.config.getini("quantcheck_device") or "cpu"
+        planned = self.planned._replace(device=str(wanted), worker=worker_index(self.config))
+        return planned.opened(self.entry)
 
     def collect(self) -> Iterator[pytest.Item]:
         """Yield its checks."""

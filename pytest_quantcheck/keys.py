@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from pytest_quantcheck import devices
 from pytest_quantcheck.artifact import Artifact, inspect
 from pytest_quantcheck.asserts import require_torch
 from pytest_quantcheck.checks import baseline, coverage, hosts, integrity, params, size
@@ -39,6 +40,7 @@ class Opened:
     record: Record | None = None
     lock: str = "quantcheck.lock"
     device: str = "cpu"
+    worker: int | None = None
 
     @cached_property
     def artifact(self) -> Artifact:
@@ -67,7 +69,10 @@ class Opened:
             reference = inspect(self.reference_path)
         except FormatError as error:
             raise FormatError(f"the reference cannot be read: {error}") from None
-        return fidelity.compare(artifact, reference, self.limits, device=self.device)
+        device = devices.choose(self.device, worker=self.worker)
+        if device.missing:
+            raise ValueError(device.missing)
+        return fidelity.compare(artifact, reference, self.limits, device=device.name)
 
     @cached_property
     def outline(self) -> Outline:

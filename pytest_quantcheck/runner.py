@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     config: Config
     records: Mapping[str, Record]
     device: str = "cpu"
+    worker: int | None = None  # of xdist, for a GPU of its own
     update: bool = False
     documents: bool = True
 
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
         """Return the artifact of an entry, not yet read."""
         limits = entry.settings.get("fidelity", Limits())
         record = self.records.get(entry.name)
-        return Opened(entry.path, entry.reference, limits, record, self.config.lock, self.device)
+        return Opened(entry.path, entry.reference, limits, record, self.config.lock, self.device, self.worker)
 
     def entries(self) -> list[Entry]:
         """Return what is checked: the artifacts, then the records that no artifact has any more."""
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
 
 def plan(config: Config, *, device: str = "cpu", update: bool = False, documents: bool = True) -> Plan:
     """Return what is to be done; a lock that cannot be read is a `FormatError`."""
-    return Plan(config, lock.read(config.lock), device, update, documents)
+    return Plan(config, lock.read(config.lock), device, update=update, documents=documents)
 
 
 def run(planned: Plan, *, only: str = "", keys: Sequence[str] = ()) -> Run:

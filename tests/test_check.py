@@ -258,6 +258,15 @@ def test_fidelity_is_required_of_all_or_by_pattern(pair, case):
     assert (run["artifacts"][0]["compare"] is None) == (status == "error")
 
 
+@pytest.mark.parametrize("device", ["cuad", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(pair, device):
+    write(pair, artifact("nf4.safetensors", reference='"reference.safetensors"'))
+    run = json.loads(quantcheck("check", "--json", "--device", device, cwd=pair).stdout)
+    (check,) = run["artifacts"][0]["checks"]
+    assert check["status"] == "error"
+    assert check["headline"].startswith(f"fidelity: device `{device}` is not")
+
+
 def test_an_interrupted_run_says_so_and_keeps_what_it_has(tmp_path, monkeypatch):
     def check(planned, entry, key, opened):
         if entry.name == "b":
