@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
     from pytest_quantcheck.finding import Finding
+    from pytest_quantcheck.quantities import grouped_bits_per_weight
     from pytest_quantcheck.tensor import LogicalTensor
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "assert_size_budget",
     "assert_trainable_params",
     "count_params",
+    "grouped_bits_per_weight",
     "inspect",
     "logical_numel",
 ]
@@ -62,6 +64,7 @@ _MODULES = {
     "artifact": ("Artifact", "count_params", "inspect", "logical_numel"),
     "errors": ("FormatError", "NotDecodable", "UnknownEncoding"),
     "finding": ("Finding",),
+    "quantities": ("grouped_bits_per_weight",),
     "tensor": ("LogicalTensor",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
