@@ -1,4 +1,4 @@
-"""The command line: `quantcheck inspect`, `why`, `diff`, `compare`, `check`, `init`, `lint`.
+"""The command line: `quantcheck inspect`, `why`, `diff`, `predict`, `compare`, `check`, `init`, `lint`.
 
 Exit code 0: all good, notes and warnings included. 1: findings of severity error (`--strict`: warnings too).
 2: could not check; one line on stderr says why.
@@ -128,6 +128,37 @@ def diff(old: str, new: str, as_json: bool, limit: int) -> int:
         from pytest_quantcheck.report.sizes import print_difference
 
         print_difference(found, limit)
+    return OK
+
+
+@cli.command(short_help="Tell the size of a model before it is quantized.")
+@click.argument("path", type=click.Path())
+@json_option
+@click.option("--recipe", "recipes", multiple=True, metavar="NAME", help="Show this recipe in full; may be repeated.")
+@click.option(
+    "--fits",
+    multiple=True,
+    metavar="SIZE",
+    help="List what fits in SIZE, such as '24 GB' or '24 GiB'; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Load the unquantized model in this dtype.")
+def predict(path: str, as_json: bool, recipes: tuple[str, ...], fits: tuple[str, ...], dtype: str | None) -> int:
+    """Tell how many bytes the tensors of PATH will have under each recipe, and what will fit.
+
+    PATH is a config.json or a folder with one (needs transformers), or an unquantized checkpoint. Tensor bytes are
+    exact; headers and tokenizers come on top. Without --recipe, a table of all recipes.
+    """
+    from pytest_quantcheck.checks.predict import predict as predict_sizes
+
+    prediction = predict_sizes(path, recipes, dtype=dtype, fits=fits)
+    if as_json:
+        from pytest_quantcheck.report.json import of_prediction
+
+        _print_json(of_prediction(prediction))
+    else:
+        from pytest_quantcheck.report.predictions import print_prediction
+
+        print_prediction(prediction, in_full=bool(recipes))
     return OK
 
 
