@@ -40,11 +40,11 @@ MODULES = {"quantcheck": "pytest_quantcheck", "quantcheck-lint": "quantcheck_lin
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tiny-llama` (bfloat16), `tiny-llama-nf4` and the layout of Mistral-7B in NF4, `mistral-7b-nf4`."""
+    """A folder with `tiny-llama` (bfloat16), `tiny-llama-nf4`, the layout of Mistral-7B in NF4, and `tiny-onnx`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-    from tests import layouts
+    from tests import layouts, smollm2
 
     folder = tmp_path_factory.mktemp("checkpoints")
     sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
@@ -56,6 +56,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "tiny-llama", quantization_config=nf4, device_map={"": "cpu"}, dtype=torch.bfloat16
     ).save_pretrained(folder / "tiny-llama-nf4")
     layouts.write_folder(folder / "mistral-7b-nf4", layouts.mistral_7b(), layouts.MISTRAL_CONFIG)
+    (folder / "tiny-onnx").mkdir()
+    for name, model in (("", smollm2.fp32(smollm2.SMALL)), ("_q4", smollm2.four_bits(smollm2.fp32(smollm2.SMALL)))):
+        (folder / f"tiny-onnx/model{name}.onnx").write_bytes(model.SerializeToString())
     return folder
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from pytest_quantcheck import containers, schemes
+from pytest_quantcheck import containers, schemes, ties
 from pytest_quantcheck.containers import live_module
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 Subject: TypeAlias = "str | os.PathLike[str] | torch.nn.Module | Artifact"
-
-# Output heads that models tie to their input embedding, and the last two components of such embeddings.
-HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "generator_lm_head.weight")
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "shared.weight",
-    "tok_embeddings.weight",
-)
-SAMPLE = 1 << 16
 
 
 class BitsPerWeight(NamedTuple):
@@ -176,7 +164,8 @@ class Artifact:
 def inspect(subject: Subject, *, verify_architecture: bool = False) -> Artifact:
     """Return the artifact at a path, or of a live model, as logical tensors.
 
-    Reads headers and the few small tensors that decide a shape, never the weights: no torch for a path.
+    Reads headers, the few small tensors that decide a shape, and samples of an output head and an embedding that may
+    be the same: no torch for a path, unless an ONNX file has such a pair and one of the two is encoded.
     `verify_architecture` has transformers build the unquantized model of config.json on the meta device and adds a
     finding for every logical tensor that disagrees with it in shape.
     Raises `FormatError` for what cannot be read exactly, and `TypeError` for what is neither a path nor a module.
@@ -243,7 +232,7 @@ def of_container(container: Container) -> Artifact:
         raise error.at(file=container.source) from None
     logical = {tensor.stored.name: tensor.name for tensor in tensors}
     aliases = {alias: logical.get(first, first) for alias, first in container.aliases.items()}
-    tensors, findings = _mark_tied_head(tensors, container)
+    tensors, findings = ties.mark(tensors, container)
     return Artifact(
         container.source,
         container.kind,
@@ -254,35 +243,6 @@ def of_container(container: Container) -> Artifact:
         container.configs,
         (*container.findings, *findings),
         container.beside,
-    )
-
-
-def _mark_tied_head(tensors: list[LogicalTensor], container: Container) -> tuple[list[LogicalTensor], list[Finding]]:
-    """A file may hold an output head that the model ties to its embedding: it counts once, its copy is dead weight."""
-    config = container.configs.get("config.json", {})
-    if container.kind == "live" or config.get("tie_word_embeddings") is not True:
-        return tensors, []
-    head = next((tensor for tensor in tensors if tensor.name.endswith(HEADS)), None)
-    embedding = next((tensor for tensor in tensors if tensor.name.endswith(EMBEDDINGS)), None)
-    if head is None or embedding is None or head.shape != embedding.shape or head.role == "tied":
-        return tensors, []
-    if not _same_sample(head, embedding):
-        what = f"differs from `{embedding.name}`, but config.json says tie_word_embeddings: a loader drops one of them"
-        return tensors, [Finding("tied-weights", "warning", head.name, what)]
-    what = f"repeats `{embedding.name}`, to which config.json ties it: {head.nbytes:,} bytes could be saved"
-    tied = [tensor._replace(role="tied") if tensor is head else tensor for tensor in tensors]
-    return tied, [Finding("duplicate-tensor", "warning", head.name, what)]
-
-
-def _same_sample(one: LogicalTensor, other: LogicalTensor) -> bool:
-    """Whether two stored tensors agree in dtype, size and their first and last bytes."""
-    first, second = one.stored, other.stored
-    if (first.dtype, first.nbytes) != (second.dtype, second.nbytes):
-        return False
-    return all(
-        first.source.read(first.offset + start, first.offset + stop)
-        == second.source.read(second.offset + start, second.offset + stop)
-        for start, stop in ((0, min(SAMPLE, first.nbytes)), (max(0, first.nbytes - SAMPLE), first.nbytes))
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `quantcheck inspect`, `why`, `diff`, `predict`, `compare`, `lint`.
+"""The command line: `quantcheck inspect`, `why`, `diff`, `predict`, `compare`, `check`, `init`, `lint`.
 
 Exit code 0: all good, notes and warnings included. 1: findings of severity error (`--strict`: warnings too).
 2: could not check; one line on stderr says why.
@@ -6,16 +6,19 @@ Exit code 0: all good, notes and warnings included. 1: findings of severity erro
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from pytest_quantcheck.errors import FormatError, printable
 from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.quantities import counted
+
+if TYPE_CHECKING:
+    from pytest_quantcheck.report.run import Run
 
 OK, FOUND, COULD_NOT_CHECK = 0, 1, 2
 SIGNALLED = 130
@@ -165,19 +168,38 @@ def predict(path: str, as_json: bool, recipes: tuple[str, ...], fits: tuple[str,
 @json_option
 @strict_option
 @click.option(
-    "--min-sqnr-db", type=float, help="Require this SQNR of every tensor instead of the floor of its encoding."
+    "--min-sqnr-db",
+    "floors",
+    multiple=True,
+    metavar="[PATTERN=]DB",
+    help="Require this SQNR instead of what is expected of each encoding; of the tensors that a pattern matches, the "
+    "first pattern counts. May be given again.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
-def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db: float | None, device: str) -> int:
+@click.option("--workers", type=click.IntRange(1), help="Spread the work over so many processes instead of threads.")
+@click.option("--dask", metavar="ADDRESS", help="Spread the work over the Dask cluster with this scheduler.")
+def compare(
+    path: str,
+    reference: str,
+    as_json: bool,
+    strict: bool,
+    floors: tuple[str, ...],
+    device: str,
+    workers: int | None,
+    dask: str | None,
+) -> int:
     """Decode PATH and compare every tensor with REFERENCE, the unquantized checkpoint. Needs torch."""
+    from pytest_quantcheck import executors
     from pytest_quantcheck.artifact import inspect as inspect_path
     from pytest_quantcheck.checks.fidelity import Limits
     from pytest_quantcheck.checks.fidelity import compare as compare_values
+    from pytest_quantcheck.report.progress import progress
 
+    limits = Limits(min_sqnr_db=_floors(floors)) if floors else Limits()
     artifact, other = inspect_path(path), inspect_path(reference)
     _require_torch(device)
-    limits = Limits() if min_sqnr_db is None else Limits(min_sqnr_db=min_sqnr_db)
-    comparison = compare_values(artifact, other, limits, device=device)
+    with executors.chosen(workers, dask) as executor, progress("comparing") as told:
+        comparison = compare_values(artifact, other, limits, device=device, executor=executor, progress=told)
     if as_json:
         from pytest_quantcheck.report.json import of_comparison
 
@@ -187,6 +209,98 @@ def compare(path: str, reference: str, as_json: bool, strict: bool, min_sqnr_db:
 
         print_comparison(comparison)
     return _exit_code(comparison.findings, strict=strict)
+
+
+def _floors(floors: Sequence[str]) -> dict[str, float]:
+    """The floors by pattern; one without a pattern is for all, after those with one."""
+    parsed: dict[str, float] = {}
+    for floor in floors:
+        pattern, _, decibels = floor.rpartition("=")
+        try:
+            parsed[pattern] = float(decibels)
+        except ValueError:
+            raise click.UsageError(f"--min-sqnr-db `{floor}` is neither DB nor PATTERN=DB") from None
+    everything = parsed.pop("", None)
+    return parsed if everything is None else parsed | {"*": everything}
+
+
+@cli.command(short_help="Make every check of quantcheck.toml.")
+@click.argument("config", type=click.Path(), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON document (schema 1).")
+@click.option("--html", type=click.Path(), help="Write a report to look at: one file, offline.")
+@click.option("--markdown", type=click.Path(), help="Write a summary in Markdown.")
+@click.option("--junit", type=click.Path(), help="Write JUnit XML.")
+@click.option("-k", "only", default="", metavar="TEXT", help="Only checks whose id (`NAME::KEY`) contains this.")
+@click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
+@click.option("--update", is_flag=True, help="Record the baselines anew; fails where one changed. Not in CI.")
+@click.option("--force", is_flag=True, help="Update in CI as well.")
+def check(
+    config: str | None, as_json: bool, only: str, device: str, update: bool, force: bool, **reports: str | None
+) -> int:
+    """Make every check of CONFIG: quantcheck.toml, or [tool.quantcheck] in pyproject.toml.
+
+    Exits with 1 where a check failed, with 2 where something could not be checked.
+    """
+    from pytest_quantcheck import config as configs
+    from pytest_quantcheck import lock, runner
+
+    if update:
+        lock.require_update_allowed(force)
+    planned = runner.plan(configs.load(config or configs.find()), device=device, update=update)
+    return _report(runner.run(planned, only=only), as_json, reports)
+
+
+def _report(run: Run, as_json: bool, reports: Mapping[str, str | None]) -> int:
+    """Show and write a run, and return its exit code."""
+    from pytest_quantcheck.report import sinks
+    from pytest_quantcheck.report.check_terminal import print_run
+    from pytest_quantcheck.report.terminal import open_console
+
+    if as_json:
+        sys.stdout.write(sinks.render(run, "json"))
+    else:
+        print_run(run, open_console())
+    sinks.write(run, reports)
+    sinks.tell_github(run, lambda text: print(text, file=sys.stderr))
+    return run["exit_code"]
+
+
+@cli.command("check-size", short_help="Check the size budgets of the artifacts that files belong to.")
+@click.argument("paths", metavar="FILE...", nargs=-1, type=click.Path())
+@click.option("--config", type=click.Path(), help="The configuration, where it is not quantcheck.toml.")
+def check_size(paths: tuple[str, ...], config: str | None) -> int:
+    """Check the size budgets and host limits of the artifacts that FILE... belong to: the pre-commit hook.
+
+    All of them where the configuration itself is among the files; nothing where no file belongs to an artifact.
+    """
+    from pytest_quantcheck import config as configs
+    from pytest_quantcheck import runner
+    from pytest_quantcheck.keys import SIZES
+
+    loaded = configs.having(configs.load(config or configs.find()), paths, SIZES)
+    if not loaded.entries:
+        return OK
+    run = runner.run(runner.plan(loaded), keys=SIZES)
+    return _report(run, False, {}) if run["exit_code"] else OK
+
+
+@cli.command(short_help="Write a quantcheck.toml from artifacts as they are today.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
+@click.option("--output", type=click.Path(), default="quantcheck.toml", show_default=True, help="The file to write.")
+@click.option("--force", is_flag=True, help="Overwrite it.")
+def init(paths: tuple[str, ...], output: str, force: bool) -> int:
+    """Write a configuration from PATH... as they are today: counts exact, sizes + 5 %, what is plain stays plain.
+
+    Only headers are read. The first `quantcheck check` is green.
+    """
+    from pytest_quantcheck.report.atomic import write_text
+    from pytest_quantcheck.starter import render
+
+    if os.path.lexists(output) and not force:
+        raise ValueError(f"{output}: is there already (--force overwrites it)")
+    write_text(output, render(paths, os.path.dirname(output)))
+    print(printable(f"{output}: {counted(len(paths), 'artifact')}; now run: quantcheck check {output}"))
+    return OK
 
 
 @cli.command(
@@ -232,7 +346,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, allow_nan=False))  # at once: `json.dump` goes through Python for every value
+    from pytest_quantcheck.report.json import dumps
+
+    print(dumps(document))
 
 
 def _exit_code(findings: Sequence[Finding], *, strict: bool) -> int:

@@ -35,7 +35,7 @@ def quant_device(request: pytest.FixtureRequest) -> str:
         or devices.AUTO
     )
     try:
-        device = devices.choose(str(wanted), worker=_worker(config))
+        device = devices.choose(str(wanted), worker=worker_index(config))
     except ValueError as error:
         pytest.fail(f"quantcheck: {error}", pytrace=False)
     require_gpu = config.getoption("quantcheck_require_gpu") or config.getini("quantcheck_require_gpu")
@@ -129,7 +129,7 @@ def _loader(config: pytest.Config) -> Loader:
     return config.stash.setdefault(LOADER, Loader())
 
 
-def _worker(config: pytest.Config) -> int | None:
+def worker_index(config: pytest.Config) -> int | None:
     """The number of this xdist worker."""
     workerinput = getattr(config, "workerinput", None)
     return int(workerinput["workerid"].removeprefix("gw")) if workerinput else None

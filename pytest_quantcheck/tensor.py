@@ -73,6 +73,12 @@ class StoredTensor(NamedTuple):
         """The number of stored values, which is what `numel()` says."""
         return math.prod(self.shape)
 
+    @property
+    def surplus(self) -> tuple[tuple[ByteClass, int], ...]:
+        """The bytes beyond those of the values, as of another class: a protobuf may write each value as a varint."""
+        more = self.nbytes - dtypes.nbytes(self.dtype, self.elements)
+        return (("metadata", more),) if more > 0 else ()
+
     def read(self, *, limit: int) -> bytearray:
         """Return all bytes of a small tensor; over `limit` bytes is a `FormatError`."""
         size = dtypes.nbytes(self.dtype, self.elements)
@@ -124,6 +130,9 @@ class Origin(NamedTuple):
 Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
 
 
+Steps = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
+
+
 class Rounding(NamedTuple):
     """How the values of a reference would be written in an encoding by rounding to nearest: what to expect of it.
 
@@ -132,12 +141,17 @@ class Rounding(NamedTuple):
     of `rows` (a grid of blocks of 128 rows has 128). `whole` formats scale by the largest magnitude of the whole
     tensor, which is given as `largest`; for others it is None. `margin_db` is what a sound quantizer of this format may
     stay below rounding to nearest.
+
+    `steps(tensor, start, stop, device)` returns, float32 `[rows, columns]`, twice how far a value may be from what is
+    stored for it, were it rounded to nearest under the stored scales: no error is over half of it. It is infinite for a
+    code at the end of a range that may clip. None where codes are not chosen one by one (GPTQ), or not known.
     """
 
     nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]
     rows: int = 1
     whole: bool = False
     margin_db: float = 1.5
+    steps: Steps | None = None
 
 
 class LogicalTensor(NamedTuple):
@@ -147,6 +161,7 @@ class LogicalTensor(NamedTuple):
     can be sent to another process. `transposed` says that the unquantized model keeps the matrix the other way round
     (GPT-2's Conv1D). `paired_rows` and `shift` are undone by `decode` (see `Origin`). `floor_db` is the SQNR under
     which this encoding is broken, whatever the weights; `rounding` tells what these weights can be expected to keep.
+    `copy_of` names the tensor that a `tied` one repeats, where its values told so.
     """
 
     name: str
@@ -162,6 +177,7 @@ class LogicalTensor(NamedTuple):
     paired_rows: int | None = None
     shift: float = 0.0
     rounding: Rounding | None = None
+    copy_of: str | None = None
 
     @property
     def params(self) -> int:

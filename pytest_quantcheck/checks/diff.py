@@ -5,9 +5,24 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.tensor import BYTE_CLASSES, LogicalTensor
+from pytest_quantcheck.tensor import BYTE_CLASSES, ByteClass, LogicalTensor, Role
 
 Change = Literal["added", "removed", "re-encoded", "reshaped", "resized"]
+
+
+class Stored(NamedTuple):
+    """How one tensor is written; `scheme` names the dtype too where it is plain, `sqnr_db` is known to baselines."""
+
+    shape: tuple[int, ...]
+    scheme: str
+    role: Role
+    bytes: dict[ByteClass, int]
+    sqnr_db: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes that belong to it."""
+        return sum(self.bytes.values())
 
 
 class TensorChange(NamedTuple):
@@ -38,6 +53,18 @@ class Total(NamedTuple):
         return self.new - self.old
 
 
+class Outline(NamedTuple):
+    """As much of an artifact as a difference looks at, and a baseline keeps."""
+
+    source: str
+    container: str
+    file_bytes: int
+    logical_params: int
+    outside: int  # bytes of no tensor
+    classes: dict[ByteClass, int]
+    tensors: dict[str, Stored]
+
+
 class Difference(NamedTuple):
     """All that changed. `growth` of the tensors and of what is outside of tensors sum to that of `file_bytes`."""
 
@@ -51,9 +78,10 @@ class Difference(NamedTuple):
     unchanged: int
 
 
-def difference(old: Artifact, new: Artifact) -> Difference:
+def difference(old: Artifact | Outline, new: Artifact | Outline) -> Difference:
     """Return what changed from one artifact to the other: what grew most first, then what shrank most."""
-    before, after = _by_name(old), _by_name(new)
+    old, new = (given if isinstance(given, Outline) else outline(given) for given in (old, new))
+    before, after = old.tensors, new.tensors
     found = [
         change
         for name in dict.fromkeys([*before, *after])
@@ -64,34 +92,47 @@ def difference(old: Artifact, new: Artifact) -> Difference:
         new.source,
         Total(old.file_bytes, new.file_bytes),
         Total(old.logical_params, new.logical_params),
-        Total(sum(old.overhead.values()), sum(new.overhead.values())),
-        {kind: Total(old.bytes[kind], new.bytes[kind]) for kind in BYTE_CLASSES},
+        Total(old.outside, new.outside),
+        {kind: Total(old.classes.get(kind, 0), new.classes.get(kind, 0)) for kind in BYTE_CLASSES},
         tuple(sorted(found, key=lambda change: (change.growth <= 0, -abs(change.growth), change.name))),
         len(before.keys() & after.keys()) - sum(change.change not in ("added", "removed") for change in found),
     )
 
 
-def _by_name(artifact: Artifact) -> dict[str, LogicalTensor]:
-    return {tensor.name: tensor for tensor in artifact.tensors}
+def outline(artifact: Artifact) -> Outline:
+    """Return what a difference needs to know of an artifact."""
+    return Outline(
+        artifact.source,
+        artifact.container,
+        artifact.file_bytes,
+        artifact.logical_params,
+        sum(artifact.overhead.values()),
+        {kind: size for kind, size in artifact.bytes.items() if size},
+        {tensor.name: _stored(tensor) for tensor in artifact.tensors},
+    )
 
 
-def _change(name: str, old: LogicalTensor | None, new: LogicalTensor | None) -> TensorChange | None:
+def _stored(tensor: LogicalTensor) -> Stored:
+    return Stored(tensor.shape, _scheme(tensor), tensor.role, tensor.bytes)
+
+
+def _change(name: str, old: Stored | None, new: Stored | None) -> TensorChange | None:
     """Return what became of one tensor, or None where it is stored as before."""
     kind = _kind(old, new)
     if kind is None:
         return None
-    old_bytes, new_bytes = (tensor.nbytes if tensor else 0 for tensor in (old, new))
-    return TensorChange(name, kind, old_bytes, new_bytes, old and _scheme(old), new and _scheme(new))
+    old_bytes, new_bytes = (stored.nbytes if stored else 0 for stored in (old, new))
+    return TensorChange(name, kind, old_bytes, new_bytes, old and old.scheme, new and new.scheme)
 
 
-def _kind(old: LogicalTensor | None, new: LogicalTensor | None) -> Change | None:
+def _kind(old: Stored | None, new: Stored | None) -> Change | None:
     if old is None:
         return "added"
     if new is None:
         return "removed"
     if old.shape != new.shape:
         return "reshaped"
-    if _scheme(old) != _scheme(new):
+    if old.scheme != new.scheme:
         return "re-encoded"
     return "resized" if old.bytes != new.bytes or old.role != new.role else None
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytest_quantcheck import architecture, containers, schemes
-from pytest_quantcheck.artifact import EMBEDDINGS, HEADS, Artifact, of_container
+from pytest_quantcheck.artifact import Artifact, of_container
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES, OF_TORCH
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.recipes.recipe import Kind, Unquantized, Weight
 from pytest_quantcheck.tensor import Container, LogicalTensor
+from pytest_quantcheck.ties import EMBEDDINGS, HEADS
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHORT = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}

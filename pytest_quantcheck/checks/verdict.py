@@ -13,13 +13,19 @@ WORST = 10
 
 
 class Verdict(NamedTuple):
-    """The answer of one check. `headline` carries the numbers; `details` are shown when it failed."""
+    """The answer of one check. `headline` carries the numbers; `details` are shown when it failed.
+
+    `measured` and `allowed` are the one number a check is about and its limit, in `unit`, for who draws them.
+    """
 
     check: str
     passed: bool
     headline: str
     details: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    measured: float | None = None
+    allowed: float | None = None
+    unit: str | None = None
 
     def __str__(self) -> str:
         return "\n".join(map(printable, [self.headline, *(f"  {line}" for line in self.details)]))

@@ -15,10 +15,11 @@ from fractions import Fraction
 from math import ceil
 from typing import Literal, NamedTuple
 
-from pytest_quantcheck.artifact import EMBEDDINGS, HEADS, Artifact
-from pytest_quantcheck.checks import integrity
+from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks import cost, integrity
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part
+from pytest_quantcheck.ties import EMBEDDINGS, HEADS
 
 Kind = Literal[
     "codes",
@@ -35,6 +36,7 @@ Kind = Literal[
     "index",
     "bookkeeping",
     "block_padding",
+    "typed_fields",
     "rope_tables",
     "masks",
     "buffers",
@@ -59,11 +61,11 @@ _IN_TENSOR: dict[ByteClass, Kind] = {
     "unquantized": "outliers",
     "buffers": "buffers",
     "bookkeeping": "bookkeeping",
-    "metadata": "headers",
+    "metadata": "typed_fields",
     "padding": "block_padding",
     "dead": "dead",
 }
-_OUTSIDE: dict[ByteClass, Kind] = {**_IN_TENSOR, "padding": "alignment"}
+_OUTSIDE: dict[ByteClass, Kind] = {**_IN_TENSOR, "metadata": "headers", "padding": "alignment"}
 
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|tok_embeddings|token_embd|position_embd|shared)(\.weight)?$")
 _HEAD = re.compile(r"^output(\.weight)?$|(^|\.)(lm_head|embed_out|output_projection|generator_lm_head)(\.weight)?$")
@@ -89,8 +91,8 @@ class Saving(NamedTuple):
 class Reason(NamedTuple):
     """Bytes of the artifact that are there for one reason.
 
-    `names` are the tensors or files that have them, at most three of them; `holders` is how many there are. `savings`
-    are alternatives, the largest first.
+    `names` are the tensors or files that have them, at most three of them; `holders` is how many there are. Of copies,
+    `originals` are what each of `names` repeats. `savings` are alternatives, the largest first.
     """
 
     kind: Kind
@@ -100,6 +102,7 @@ class Reason(NamedTuple):
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     savings: tuple[Saving, ...]
+    originals: tuple[str | None, ...] = ()
 
     @property
     def could_save(self) -> int:
@@ -124,6 +127,7 @@ class Explanation(NamedTuple):
     expected_bytes: int | None
     code_bytes: int
     reasons: tuple[Reason, ...]
+    cost: cost.Cost
 
 
 class _Base(NamedTuple):
@@ -141,6 +145,7 @@ class _Share(NamedTuple):
     name: str
     dtype: str | None = None
     savings: tuple[Saving, ...] = ()
+    original: str | None = None
 
 
 def explain(artifact: Artifact) -> Explanation:
@@ -161,6 +166,7 @@ def explain(artifact: Artifact) -> Explanation:
         ceil(params * base.code_bits / 8) if base else None,
         sum(tensor.bytes.get("codes", 0) for tensor in artifact.tensors if tensor.quantized),
         _reasons(shares, artifact.file_bytes),
+        cost.felt(artifact),
     )
 
 
@@ -194,7 +200,8 @@ def _of_tensor(tensor: LogicalTensor, base: _Base | None, first: str | None) -> 
     size = tensor.nbytes
     if first is not None or tensor.role == "tied":
         kind: Kind = "tied_head" if _is_head(tensor.name) else "copies"
-        yield _Share(kind, size, tensor.name, _dtype(tensor), (Saving(size, "stored once"),))
+        original = first if first is not None else tensor.copy_of
+        yield _Share(kind, size, tensor.name, _dtype(tensor), (Saving(size, "stored once"),), original)
     elif tensor.role == "shadow":
         yield _Share("shadows", size, tensor.name, _dtype(tensor), (Saving(size, "left out: the model reads another"),))
     elif tensor.role == "buffer":
@@ -202,13 +209,22 @@ def _of_tensor(tensor: LogicalTensor, base: _Base | None, first: str | None) -> 
     elif tensor.quantized:
         yield from _encoded(tensor, base)
     else:
-        yield _Share(plain_kind(tensor), size, tensor.name, _dtype(tensor), tuple(_plain_savings(tensor, base)))
+        yield from _plain(tensor, base)
 
 
 def _buffer(tensor: LogicalTensor) -> _Share:
     kind: Kind = "rope_tables" if _ROPE.search(tensor.name) else "masks" if _MASK.search(tensor.name) else "buffers"
     made = (Saving(tensor.nbytes, "computed at load"),) if _MADE_AT_LOAD.search(tensor.name) else ()
     return _Share(kind, tensor.nbytes, tensor.name, _dtype(tensor), made)
+
+
+def _plain(tensor: LogicalTensor, base: _Base | None) -> Iterator[_Share]:
+    name, dtype = tensor.name, _dtype(tensor)
+    surplus = tensor.bytes.get("metadata", 0)
+    size = tensor.nbytes - surplus
+    yield _Share(plain_kind(tensor), size, name, dtype, tuple(_plain_savings(tensor, size, base)))
+    if surplus:
+        yield _Share("typed_fields", surplus, name, dtype, (Saving(surplus, "in raw_data"),))
 
 
 def plain_kind(tensor: LogicalTensor) -> Kind:
@@ -226,13 +242,13 @@ def _is_head(name: str) -> bool:
     return name.endswith(HEADS) or _HEAD.search(name) is not None
 
 
-def _plain_savings(tensor: LogicalTensor, base: _Base | None) -> Iterator[Saving]:
+def _plain_savings(tensor: LogicalTensor, size: int, base: _Base | None) -> Iterator[Saving]:
     if base and len(tensor.shape) >= 2 and tensor.role != "adapter":
         bits = base.weight_bits
-        saved = tensor.nbytes - ceil(tensor.params * bits / 8)
+        saved = size - ceil(tensor.params * bits / 8)
         yield Saving(saved, f"quantized like the rest, {float(bits):.4g} bits a weight")
     if DTYPES[tensor.stored.dtype].kind == "float" and DTYPES[tensor.stored.dtype].bits >= _HALF_MIN:
-        yield Saving(tensor.nbytes - 2 * tensor.params, "in 16 bit")
+        yield Saving(size - 2 * tensor.params, "in 16 bit")
 
 
 def _encoded(tensor: LogicalTensor, base: _Base | None) -> Iterator[_Share]:
@@ -254,6 +270,8 @@ def _encoded(tensor: LogicalTensor, base: _Base | None) -> Iterator[_Share]:
 def _part_savings(tensor: LogicalTensor, part: Part, kind: ByteClass, size: int) -> Iterator[Saving]:
     if kind == "padding":
         yield Saving(size, "blocks that divide the row")
+    if kind == "metadata":
+        yield Saving(size, "in raw_data")
     if kind == "index" and part.name.endswith("g_idx"):
         yield Saving(size, "without act-order")
     if kind == "zero_points" and not tensor.scheme.startswith("ggml-"):
@@ -304,16 +322,17 @@ def _reasons(shares: Iterable[_Share], file_bytes: int) -> tuple[Reason, ...]:
 
 def _reason(kind: Kind, shares: list[_Share], file_bytes: int) -> Reason:
     size = sum(share.bytes for share in shares)
-    names = list(dict.fromkeys(share.name for share in shares if share.name))
     largest = sorted(shares, key=lambda share: -share.bytes)
-    shown = tuple(dict.fromkeys(share.name for share in largest if share.name))[:3]
+    names = tuple(dict.fromkeys(share.name for share in largest if share.name))
+    copied = {share.name: share.original for share in shares if share.original}
     kinds = tuple(sorted({share.dtype for share in shares if share.dtype}))
     saved: Counter[str] = Counter()
     for share in shares:
         for saving in share.savings:
             saved[saving.how] += max(0, saving.bytes)
-    savings = [Saving(saving, how) for how, saving in saved.most_common() if saving]
-    return Reason(kind, size, size / file_bytes, len(names), shown, kinds, tuple(savings))
+    savings = tuple(Saving(saving, how) for how, saving in saved.most_common() if saving)
+    originals = tuple(copied.get(name) for name in names[:3]) if copied else ()
+    return Reason(kind, size, size / file_bytes, len(names), names[:3], kinds, savings, originals)
 
 
 def _dtype(tensor: LogicalTensor) -> str:

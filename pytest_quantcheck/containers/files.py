@@ -25,12 +25,18 @@ JSON_LIMIT = 64 << 20
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is still the one that was opened."""
+    """What tells whether a file is still the one that was opened; device and inode are None on another machine."""
 
-    device: int
-    inode: int
+    device: int | None
+    inode: int | None
     size: int
     modified: int
+
+    def is_of(self, status: os.stat_result) -> bool:
+        """Whether a file with this status is the one that was opened."""
+        found = _stamp(status)
+        here = self.device is None or self[:2] == found[:2]
+        return here and self[2:] == found[2:]
 
 
 class File(NamedTuple):
@@ -42,6 +48,10 @@ class File(NamedTuple):
 
     path: str
     stamp: Stamp
+
+    def __reduce__(self) -> tuple[type[File], tuple[str, Stamp]]:
+        # Another machine has its own numbers for the same file on a shared disk.
+        return File, (self.path, self.stamp._replace(device=None, inode=None))
 
     @property
     def size(self) -> int:
@@ -75,12 +85,50 @@ class File(NamedTuple):
         return buffer
 
     def _check(self, descriptor: int) -> None:
-        if _stamp(os.fstat(descriptor)) != self.stamp:
+        if not self.stamp.is_of(os.fstat(descriptor)):
             raise FormatError("changed while being read", file=self.path)
+
+    def expect(self, start: int, stop: int) -> None:
+        """Have the kernel read ahead bytes that will be wanted soon."""
+        descriptor = _open(self.path)
+        try:
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
         """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
         return load(self, stored, start, stop, device)
+
+
+class Held(NamedTuple):
+    """A `Source` over bytes of another that were read once; offsets count from the start of what was read."""
+
+    content: bytearray
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Return the bytes."""
+        return self.content[start:stop]
+
+    def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+        """Return elements as a flat torch tensor on `device`."""
+        return load(self, stored, start, stop, device)
+
+
+def held(stored: StoredTensor, *, limit: int) -> StoredTensor:
+    """Return a stored tensor of a file with its bytes in memory, unless it has more than `limit` of them."""
+    if not isinstance(stored.source, File) or stored.nbytes > limit:
+        return stored
+    content = stored.source.read(stored.offset, stored.offset + stored.nbytes)
+    return stored._replace(source=Held(content), offset=0)
+
+
+def expect(stored: StoredTensor, start: int, stop: int, rows: int) -> None:
+    """Have the kernel read ahead the bytes of rows `start` up to `stop` of `rows`, where they are in a file."""
+    if not isinstance(stored.source, File) or not rows or not hasattr(os, "posix_fadvise"):
+        return
+    first, last = stored.nbytes * start // rows, -(-stored.nbytes * stop // rows)
+    stored.source.expect(stored.offset + first, stored.offset + last)
 
 
 def load(source: Source, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -118,6 +166,15 @@ def open_beneath(folder: str, name: str) -> File:
         if allowed and os.path.commonpath([allowed, real]) == allowed:
             return _opened(real, shown=shown)
     raise FormatError(f"links to `{real}`, outside its folder (only files beneath the folder are read)", file=shown)
+
+
+def links_elsewhere(file: File, folder: str) -> int:
+    """Return how many names a file has that are not in its own folder, nor in `folder`: hard links out of it."""
+    inside = 0
+    for place in {os.path.dirname(file.path), os.path.realpath(folder)}:
+        with os.scandir(place) as entries:
+            inside += sum(entry.inode() == file.stamp.inode and not entry.is_symlink() for entry in entries)
+    return os.stat(file.path).st_nlink - inside
 
 
 def read_json(folder: str, name: str) -> dict[str, object] | None:

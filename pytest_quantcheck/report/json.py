@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
+from pytest_quantcheck.checks.metrics import Shard
 from pytest_quantcheck.checks.predict import Predicted, Prediction, bytes_by_class, kept
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.report.run import Run
 from pytest_quantcheck.tensor import LogicalTensor
 
 SCHEMA = 1
+
+
+def render(run: Run) -> str:
+    """Return what `quantcheck check --json` prints."""
+    return dumps(run) + "\n"
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """Return a document as one line: names as they are, but written so that no CI log takes one for a command."""
+    # At once: `json.dump` goes through Python for every value.
+    return json.dumps(document, allow_nan=False).replace("##", "#\\u0023")
 
 
 def of_artifact(artifact: Artifact) -> dict[str, Any]:
@@ -65,6 +80,7 @@ def of_explanation(explanation: Explanation, root: Node) -> dict[str, Any]:
         "expected_bytes": explanation.expected_bytes,
         "code_bytes": explanation.code_bytes,
         "reasons": [_reason(reason) for reason in explanation.reasons],
+        "cost": _cost(explanation.cost),
         "tree": _node(root),
     }
 
@@ -115,6 +131,16 @@ def _predicted(row: Predicted) -> dict[str, Any]:
     }
 
 
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "downloads": [
+            {"megabits_per_second": link.megabits, "seconds": round(link.seconds, 3)} for link in cost.downloads
+        ],
+        "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
+        "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
+    }
+
+
 def _reason(reason: Reason) -> dict[str, Any]:
     return {
         "kind": reason.kind,
@@ -123,6 +149,7 @@ def _reason(reason: Reason) -> dict[str, Any]:
         "count": reason.holders,
         "names": list(reason.names),
         "dtypes": list(reason.dtypes),
+        "originals": list(reason.originals),
         "savings": [saving._asdict() for saving in reason.savings],
     }
 
@@ -155,12 +182,37 @@ def _fidelity(row: Fidelity) -> dict[str, Any]:
         "name": row.name,
         "scheme": row.scheme,
         "sqnr_db": _finite(row.sqnr_db),
+        "relative_error": _finite(row.relative_error),
         "gain": _finite(row.gain),
         "bias": _finite(row.bias),
+        "cosine": _finite(row.cosine),
         "max_error": _finite(row.max_error),
+        "max_error_sigmas": _finite(row.max_error_sigmas),
+        "max_error_steps": _finite(row.max_error_steps),
+        "beyond_half_step": row.beyond_half_step,
         "min_block_sqnr_db": _finite(row.min_block_sqnr_db),
+        "min_row_sqnr_db": _finite(row.min_row_sqnr_db),
+        "worst_row": row.worst_row,
+        "zero_fraction": _finite(row.zero_fraction),
+        "reference_zero_fraction": _finite(row.reference_zero_fraction),
+        "non_finite": row.extremes.non_finite,
+        "reference_non_finite": row.extremes.reference_non_finite,
+        "changed": row.extremes.changed,
+        "rounding_sqnr_db": _finite(row.rounding_sqnr_db),
         "expected_sqnr_db": _finite(row.expected_sqnr_db),
         "verdict": verdict(row),
+        "faults": list(row.faults),
+        "shards": [_shard(shard) for shard in row.shards],
+    }
+
+
+def _shard(shard: Shard) -> dict[str, Any]:
+    sums = shard.sums
+    return {
+        "name": shard.name,
+        "sqnr_db": _finite(sums.sqnr_db),
+        "gain": _finite(sums.gain),
+        "bias": _finite(sums.bias),
     }
 
 

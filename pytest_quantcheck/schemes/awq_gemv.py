@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_quantcheck.schemes import awq_groups, buffer_linear, packing
+from pytest_quantcheck.schemes import awq_groups, buffer_linear, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -69,6 +69,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         Layout(size),
         block=size,
+        rounding=rounding.grouped(
+            rounding.affine(4, scale=rounding.kept_in(found["scales"])), size, margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import awq_groups, buffer_linear, packing
+from pytest_quantcheck.schemes import awq_groups, buffer_linear, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -73,6 +73,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         Layout(size, zeros),
         block=size,
+        rounding=rounding.grouped(
+            rounding.affine(4, scale=rounding.kept_in(found["scales"])), size, margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

@@ -25,15 +25,16 @@ its quant_state (FSDP, `.data` copies) is counted from its module and not decoda
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.schemes import packing, rewritten, rounding, steps
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,12 @@ FLOORS_DB = {
     "nf4": ((64, 18.5), (128, 17.4), (256, 15.8), (4096, 7.9)),
     "fp4": ((64, 15.0), (128, 13.9), (256, 12.3), (4096, 5.0)),
 }
+
+# The levels of each type, and a byte full of the code of 1.
+TABLES = {"nf4": (packing.NF4, 0xFF), "fp4": (packing.FP4, 0x33)}
+# The codes of 0 and 1 in `nested_quant_map`, and the widest gap of it.
+NESTED_ZERO_AND_ONE = (127, 255)
+NESTED_GAP = 0.9 / 64
 
 
 class Layout(NamedTuple):
@@ -89,7 +96,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         return tensor._replace(decoder=_decode_lost)
     layout = _layout(state, record)
     _check(tensor, layout)
-    return tensor._replace(layout=layout, block=layout.blocksize, floor_db=_floor_db(layout))
+    expected = _rounding(layout, tensor.columns, nested=tensor.has("nested_absmax"))
+    return tensor._replace(layout=layout, block=layout.blocksize, floor_db=_floor_db(layout), rounding=expected)
 
 
 def _record(name: str, namespace: Namespace) -> StoredTensor:
@@ -121,6 +129,25 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
     if not stored.name.endswith(".weight") or len(stored.shape) != 2 or stored.shape[1] != 1 or stored.shape[0] == 1:
         return None
     return f"{stored.dtype} {list(stored.shape)} is packed 4-bit, but has no `{stored.name}.{STATE}nf4` or `fp4`"
+
+
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield what is mistaken in 4-bit weights: the table, the size of blocks, the mean of nested statistics."""
+    layout = tensor.layout
+    if not isinstance(layout, Layout):
+        return
+    for kind, (values, _) in TABLES.items():
+        other = rewritten.table(tensor, "quant_map", values)
+        advice = f"the codes are {kind}: `quant_type` or `quant_map` is wrong"
+        yield Reading("table", f"the table of {kind}", other, advice)
+    for blocksize in () if layout.packed_for_cpu else (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if blocksize > layout.blocksize and -(-tensor.params // blocksize) < tensor.part("absmax").elements:
+            other = tensor._replace(layout=layout._replace(blocksize=blocksize))
+            yield Reading("block-size", f"blocks of {blocksize}", other, f"`blocksize` should be {blocksize}")
+    if tensor.has("nested_absmax"):
+        shifted = tensor._replace(layout=layout._replace(nested_offset=layout.nested_offset + 1))
+        words = "a number fitted to `nested_offset`"
+        yield Reading("nested-offset", words, shifted, "`nested_offset` was lost or is another's", along=True)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -157,10 +184,11 @@ def _absmax(tensor: LogicalTensor, layout: Layout, blocks: slice, device: str) -
         return absmax.to(torch.float32)
     table = tensor.part("nested_quant_map").load(device=device).to(torch.float32)
     values = packing.look_up(absmax, table.view(-1, 1)).view(-1)
-    outer = torch.arange(blocks.start, blocks.stop, device=device) // layout.nested_blocksize
-    first = blocks.start // layout.nested_blocksize
-    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // layout.nested_blocksize), device)
-    return values.mul_(nested.to(torch.float32)[outer - first]).add_(layout.nested_offset)
+    size = layout.nested_blocksize
+    first = blocks.start // size
+    nested = tensor.part("nested_absmax").load(first, -(-blocks.stop // size), device).to(torch.float32)
+    outer = nested.repeat_interleave(size)[blocks.start - first * size : blocks.stop - first * size]
+    return values.mul_(outer).add_(layout.nested_offset)
 
 
 def _decode_packed_for_cpu(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
@@ -319,6 +347,25 @@ def _floor_db(layout: Layout) -> float | None:
     return next((floor for blocksize, floor in floors if layout.blocksize <= blocksize), None)
 
 
+def _rounding(layout: Layout, columns: int, *, nested: bool) -> Rounding:
+    table, unit = TABLES[layout.quant_type]
+    to_level = rounding.codebook(table, scale="nested" if nested else "float32")
+    gaps = steps.levels(table, 1.0, unit)
+    return rounding.flat(
+        to_level, layout.blocksize, columns, steps=partial(_nested_steps, gaps=gaps, unit=unit) if nested else gaps
+    )
+
+
+def _nested_steps(tensor: LogicalTensor, start: int, stop: int, device: str, *, gaps: Steps, unit: int) -> torch.Tensor:
+    """Wider by what each absmax lost after its codes were chosen: up to half of the widest gap of its own table."""
+    at = [part.name for part in tensor.parts].index("absmax")
+    ones = steps.filled(tensor, unit)
+    zero, one = (steps.filled(ones, code, part=at).decode(start, stop, device) for code in NESTED_ZERO_AND_ONE)
+    lost = one.sub_(zero).mul_(NESTED_GAP / 2).div_(ones.decode(start, stop, device)).abs_()  # of the absmax
+    step = gaps(tensor, start, stop, device)
+    return step + (step + 2 * tensor.decode(start, stop, device).abs_()) * lost
+
+
 SCHEME = Scheme(
     name="bnb-4bit",
     title="bitsandbytes 4-bit (NF4, FP4, double quantization)",
@@ -333,6 +380,7 @@ SCHEME = Scheme(
         "torch.ParametrizationList": expose_parametrization,
     },
     refuse=refuse,
+    alternatives=alternatives,
     source="bitsandbytes 0.50.2, functional.py, nn/modules.py and nn/parametrize.py",
     verified="bitsandbytes 0.50.2",
 )

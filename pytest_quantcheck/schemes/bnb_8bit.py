@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.schemes import rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -57,6 +58,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         block=weight.shape[1],
         floor_db=FLOOR_DB,
+        rounding=rounding.grouped(
+            rounding.symmetric(8, reach=127), weight.shape[1], steps=steps.even(8, fills=steps.SIGNED[8])
+        ),
     )
 
 

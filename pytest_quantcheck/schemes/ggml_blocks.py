@@ -13,7 +13,7 @@ from pytest_quantcheck import dtypes
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes.scheme import Namespace
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,16 @@ class BlockType(NamedTuple):
     """How one block type is read.
 
     `unpack(blocks, values)` fills values (n, values of a block) float32 from blocks (n, bytes of a block) uint8.
-    `scales` and `zero_points` are the bytes of either in a block; the rest are codes.
+    `scales` and `zero_points` are the bytes of either in a block; the rest are codes. `scaled` is the rounding where
+    one scale of the whole tensor stands above those of the blocks.
     """
 
     unpack: Callable[[torch.Tensor, torch.Tensor], None]
     scales: int
     zero_points: int = 0
     floor_db: float | None = None
+    rounding: Rounding | None = None
+    scaled: Rounding | None = None
 
 
 def claim(stored: StoredTensor, namespace: Namespace, kind: BlockType) -> LogicalTensor:
@@ -57,6 +60,7 @@ def claim(stored: StoredTensor, namespace: Namespace, kind: BlockType) -> Logica
         kind,
         block=DTYPES[stored.dtype].block,
         floor_db=kind.floor_db,
+        rounding=kind.rounding if scale is None else kind.scaled,
     )
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_quantcheck.schemes import ggml_blocks, packing
+from pytest_quantcheck.schemes import ggml_blocks, packing, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.steps import Span
 from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 if TYPE_CHECKING:
@@ -62,9 +63,18 @@ def _ue4m3_half(code: int) -> float:
     return 0.5 * (mantissa * 2.0**-9 if not exponent else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
 
 
+MXFP4 = rounding.grouped(
+    rounding.codebook(packing.E2M1, scale="floor"),
+    32,
+    steps=steps.levels(packing.E2M1, 1.0, 0x22, clips=True, span=Span(17, 1, 17)),
+)
+_NVFP4_STEPS = steps.levels(packing.E2M1, 1.0, 0x22, clips=True, span=Span(36, 4, 36))
+NVFP4 = rounding.grouped(rounding.codebook(packing.E2M1, scale="e4m3"), 16, steps=_NVFP4_STEPS)
+NVFP4_SCALED = rounding.grouped(rounding.codebook(packing.E2M1, scale="e4m3-scaled"), 16, steps=_NVFP4_STEPS)
+
 TYPES = {
-    "MXFP4": BlockType(_mxfp4, scales=1, floor_db=17.0),
-    "NVFP4": BlockType(_nvfp4, scales=4, floor_db=19.0),
+    "MXFP4": BlockType(_mxfp4, scales=1, floor_db=17.0, rounding=MXFP4),
+    "NVFP4": BlockType(_nvfp4, scales=4, floor_db=19.0, rounding=NVFP4, scaled=NVFP4_SCALED),
 }
 
 SCHEME = Scheme(

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_quantcheck.schemes import ggml_blocks, packing
+from pytest_quantcheck.schemes import ggml_blocks, ggml_search, packing, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
+from pytest_quantcheck.schemes.ggml_search import Scales
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.schemes.steps import Span
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +47,18 @@ def _iq4_xs(blocks: torch.Tensor, values: torch.Tensor) -> None:
     values.view(-1, 8, 32).mul_(scale.unsqueeze(-1))
 
 
+def _rounding(scales: Scales, block: int, span: Span) -> Rounding:
+    to_level = ggml_search.from_zero(TABLE, scales, (-7.0, 7.0))
+    gaps = steps.levels(TABLE, float(TABLE[0]), 0x00, clips=True, span=span)
+    return rounding.grouped(to_level, block, margin_db=rounding.COMPENSATED_DB, steps=gaps)
+
+
+IQ4_NL = _rounding(Scales(32, 1), 32, Span(18, 2, 18))
+IQ4_XS = _rounding(Scales(32, 32), 256, Span(136, 8, 136))
+
 TYPES = {
-    "IQ4_NL": BlockType(_iq4_nl, scales=2, floor_db=20.0),
-    "IQ4_XS": BlockType(_iq4_xs, scales=8, floor_db=19.9),
+    "IQ4_NL": BlockType(_iq4_nl, scales=2, floor_db=20.0, rounding=IQ4_NL),
+    "IQ4_XS": BlockType(_iq4_xs, scales=8, floor_db=19.9, rounding=IQ4_XS),
 }
 
 SCHEME = Scheme(

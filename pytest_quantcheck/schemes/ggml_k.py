@@ -20,10 +20,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_quantcheck.schemes import ggml_blocks, packing
+from pytest_quantcheck.schemes import ggml_blocks, packing, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
+from pytest_quantcheck.schemes.ggml_search import Scales, from_least, from_zero
+from pytest_quantcheck.schemes.rounding import Round
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.schemes.steps import Span
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -123,12 +126,25 @@ def _scale_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
     sub_blocks.sub_((packing.halves(blocks, 2) * least).unsqueeze(-1))
 
 
+def _rounding(to_code: Round, bits: int, span: Span) -> Rounding:
+    """An importance matrix moves the error to where it matters less; every code is the nearest all the same."""
+    gaps = steps.even(bits, clips=(True, True), least=True, span=span)
+    return rounding.grouped(to_code, 256, margin_db=rounding.COMPENSATED_DB, steps=gaps)
+
+
+_SPREADS = (-0.5, -0.29, -0.07, 0.14, 0.36, 0.57, 0.79, 1.0)
+Q2_K = _rounding(from_least(3, Scales(16, 15), _SPREADS, absolute=True), 2, Span(84, 16, 80))
+Q3_K = _rounding(from_zero(tuple(range(-4, 4)), Scales(16, 32), (), refined=1), 3, Span(110, 0, 96))
+Q4_K = _rounding(from_least(15, Scales(32, 63), (-1, -0.67, -0.33, 0, 0.33, 0.67, 1)), 4, Span(144, 16, 144))
+Q5_K = _rounding(from_least(31, Scales(32, 63), (-0.5, -0.13, 0.25, 0.63, 1)), 5, Span(176, 16, 176))
+Q6_K = _rounding(from_zero(tuple(range(-32, 32)), Scales(16, 128), (-0.9, 0.9)), 6, Span(210, 0, 192))
+
 TYPES = {
-    "Q2_K": BlockType(_q2_k, scales=10, zero_points=10, floor_db=8.5),
-    "Q3_K": BlockType(_q3_k, scales=14, floor_db=14.0),
-    "Q4_K": BlockType(_q4_k, scales=8, zero_points=8, floor_db=20.5),
-    "Q5_K": BlockType(_q5_k, scales=8, zero_points=8, floor_db=26.5),
-    "Q6_K": BlockType(_q6_k, scales=18, floor_db=32.0),
+    "Q2_K": BlockType(_q2_k, scales=10, zero_points=10, floor_db=8.5, rounding=Q2_K),
+    "Q3_K": BlockType(_q3_k, scales=14, floor_db=14.0, rounding=Q3_K),
+    "Q4_K": BlockType(_q4_k, scales=8, zero_points=8, floor_db=20.5, rounding=Q4_K),
+    "Q5_K": BlockType(_q5_k, scales=8, zero_points=8, floor_db=26.5, rounding=Q5_K),
+    "Q6_K": BlockType(_q6_k, scales=18, floor_db=32.0, rounding=Q6_K),
 }
 
 SCHEME = Scheme(

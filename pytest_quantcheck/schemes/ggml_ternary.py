@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_quantcheck.schemes import ggml_blocks, packing
+from pytest_quantcheck.schemes import ggml_blocks, packing, rounding
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
@@ -57,7 +57,12 @@ def _tq2_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
     values.sub_(1).mul_(packing.halves(blocks, 64))
 
 
-TYPES = {"TQ1_0": BlockType(_tq1_0, scales=2), "TQ2_0": BlockType(_tq2_0, scales=2)}
+TERNARY = rounding.grouped(rounding.codebook((-1.0, 0.0, 1.0), scale="float16"), 256)
+
+TYPES = {
+    "TQ1_0": BlockType(_tq1_0, scales=2, rounding=TERNARY),
+    "TQ2_0": BlockType(_tq2_0, scales=2, rounding=TERNARY),
+}
 
 SCHEME = Scheme(
     name="ggml-ternary",

@@ -25,15 +25,15 @@ Embeddings are packed along the tokens: their codes are in the order of the logi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rewritten, rounding
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +114,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group_size,
         floor_db=_floor_db(layout),
+        rounding=_rounding(found, layout, said, record),
     )
 
 
@@ -125,6 +126,27 @@ def readings(tensor: LogicalTensor) -> tuple[LogicalTensor, ...]:
         return (tensor,)
     offsets = (0, 1) if layout.zero_offset == 0 else (1, 0)
     return tuple(tensor._replace(layout=layout._replace(zero_offset=offset)) for offset in offsets)
+
+
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield what is mistaken in GPTQ: the version of zero points, whether they count, the order of groups."""
+    layout = tensor.layout
+    if not isinstance(layout, Layout):
+        return
+    if layout.zero_offset == 1:
+        words, advice = "zero points read as version 2, as they are stored", "say `checkpoint_format: gptq_v2`"
+        yield Reading("zero-point-version", words, tensor._replace(layout=layout._replace(zero_offset=0)), advice)
+    if layout.zero_offset == 0 and not layout.planar:
+        words, advice = "zero points read as version 1, stored less one", "say `checkpoint_format: gptq`"
+        yield Reading("zero-point-version", words, tensor._replace(layout=layout._replace(zero_offset=1)), advice)
+    if layout.bits in (2, 4, 8):
+        middle = 2 ** (layout.bits - 1)
+        change = partial(rewritten.fill, bits=layout.bits, number=middle - (layout.zero_offset or 0))
+        words, advice = f"all zero points {middle}", "the codes are symmetric, `qzeros` is not theirs"
+        yield Reading("zero-points-not-meant", words, rewritten.part(tensor, "qzeros", change), advice)
+    if tensor.has("g_idx") and layout.group_size is not None:
+        words, advice = "inputs in groups as they come", "the codes are in the order of groups: `g_idx` is not theirs"
+        yield Reading("group-index", words, rewritten.without(tensor, "g_idx"), advice)
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
@@ -386,6 +408,23 @@ def _floor_db(layout: Layout) -> float | None:
     return next((floor for bits, group, floor in FLOORS_DB if layout.bits == bits and size <= group), None)
 
 
+def _rounding(
+    parts: Mapping[str, StoredTensor], layout: Layout, said: Said, record: Mapping[str, Any]
+) -> Rounding | None:
+    """Without `g_idx`: groups that activation order scattered are as wide as others."""
+    if layout.repacked_for:
+        return None
+    size, scale = layout.group_size or layout.inputs, rounding.kept_in(parts["scales"])
+    symmetric = said.symmetric is not False and not record.get("meta")
+    if symmetric and _symmetric(parts["qzeros"], parts["scales"].shape[1], layout.bits, layout.planar):
+        to_code = rounding.symmetric(layout.bits, scale=scale)
+    else:
+        to_code = rounding.affine(layout.bits, scale=scale)
+    if layout.embedding:
+        return rounding.tiled(to_code, size, 1, margin_db=rounding.COMPENSATED_DB)
+    return rounding.grouped(to_code, size, margin_db=rounding.COMPENSATED_DB)
+
+
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -407,6 +446,7 @@ SCHEME = Scheme(
         "gptqmodel.TorchInt8AwqLinear": buffer_linear.expose,
     },
     refuse=refuse,
+    alternatives=alternatives,
     source="GPTQModel 7.6.0, nn_modules/qlinear and utils; auto-round 0.16.1, auto_round_extension/torch",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",
 )

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import buffer_linear, marlin_tiles
+from pytest_quantcheck.schemes import buffer_linear, marlin_tiles, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -72,6 +72,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         Layout(inputs // rows, scales),
         block=inputs // rows,
+        rounding=rounding.grouped(
+            rounding.symmetric(4, scale="float16"), inputs // rows, margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import onnx_record, packing
+from pytest_quantcheck.schemes import onnx_record, packing, rounding, steps
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
@@ -22,13 +22,8 @@ from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 if TYPE_CHECKING:
     import torch
 
-FP4 = (0.0, 0.00520833333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-TABLES = {0: ("fp4", (*FP4, *(-value for value in FP4))), 1: ("nf4", NF4)}
+TABLES = {0: ("fp4", packing.FP4), 1: ("nf4", packing.NF4)}
+UNITS = {"fp4": 0x33, "nf4": 0xFF}  # bytes full of the code of 1
 FLOORS_DB = {"fp4": 15.0, "nf4": 18.5}  # blocks up to 64
 
 
@@ -61,6 +56,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Layout(table, block),
         block,
         floor_db=FLOORS_DB[name] if block <= 64 else None,
+        rounding=rounding.flat(
+            rounding.codebook(table), block, straight[-1], steps=steps.levels(table, 1.0, UNITS[name])
+        ),
     )
 
 

@@ -1,9 +1,10 @@
 """What an ONNX graph says about an encoded weight: the record `<weight>.onnx_node` beside it.
 
-    {"operator": ..., "node": ..., "through": ..., "type": ..., "shape": [...],
+    {"operator": ..., "node": ..., "input": 1, "through": ..., "type": ..., "shape": [...],
      "parts": {part: {"type": ..., "shape": [...]}}, "attributes": {...}}
 
-`type` and `shape` are those of the stored codes in the graph; `through` is an operator between them and the node.
+`type` and `shape` are those of the stored codes in the graph, which are that input of the node; `through` is an
+operator between them and the node.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pytest_quantcheck.tensor import ByteClass, Part, StoredTensor
 
 RECORD = "onnx_node"
 LIMIT = 64 << 10
-KINDS: dict[str, ByteClass] = {"zero_points": "zero_points", "g_idx": "index"}
+KINDS: dict[str, ByteClass] = {"zero_points": "zero_points", "g_idx": "index", "shape": "bookkeeping"}
 
 
 class Node(NamedTuple):
@@ -26,6 +27,7 @@ class Node(NamedTuple):
 
     name: str
     operator: str
+    input: int
     through: str | None
     type: str
     shape: tuple[int, ...]
@@ -64,8 +66,14 @@ class Node(NamedTuple):
     def parts(self, padding: int = 0) -> tuple[Part, ...]:
         """Return all parts with their byte classes, the codes first; `padding` bytes of them are no values."""
         between: tuple[tuple[ByteClass, int], ...] = (("padding", padding),) if padding else ()
-        named = [Part(name, KINDS.get(name, "scales"), part) for name, part in self.stored.items() if name]
-        return (Part("codes", "codes", self.codes, between), *named, Part(RECORD, "bookkeeping", self.record))
+        named = [
+            Part(name, KINDS.get(name, "scales"), part, part.surplus) for name, part in self.stored.items() if name
+        ]
+        return (
+            Part("codes", "codes", self.codes, (*between, *self.codes.surplus)),
+            *named,
+            Part(RECORD, "bookkeeping", self.record),
+        )
 
 
 def find(anchor: StoredTensor, operators: tuple[str, ...], namespace: Namespace) -> Node | None:
@@ -80,6 +88,7 @@ def find(anchor: StoredTensor, operators: tuple[str, ...], namespace: Namespace)
     return Node(
         name,
         record["operator"],
+        record["input"],
         record["through"],
         record["type"],
         tuple(record["shape"]),

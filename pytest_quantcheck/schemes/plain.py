@@ -69,7 +69,7 @@ def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
         stored.shape,
         "plain",
         role,
-        (Part("weight", kind, stored),),
+        (Part("weight", kind, stored, stored.surplus),),
         decode,
         floor_db=FLOORS_DB.get(stored.dtype),
     )

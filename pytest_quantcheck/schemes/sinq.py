@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import slabs
+from pytest_quantcheck.schemes import rounding, slabs
+from pytest_quantcheck.schemes.packing import NF4
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +53,6 @@ PARTS: dict[str, ByteClass] = {
 }
 FLOATS = ("F16", "BF16", "F32", "F64")
 
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 NF3 = (
     -1.0, -0.5350227355957031, -0.2469314038753510, 0.0,
     0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0,
@@ -93,7 +89,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.columns,
+        rounding=_rounding(layout, meta.get("nbits")),
     )
+
+
+def _rounding(layout: Layout, bits: object) -> Rounding | None:
+    """With one scale: the second one, of the columns, does no worse."""
+    if layout.table is not None:
+        to_level = rounding.codebook(layout.table)
+    elif type(bits) is int and 1 < bits <= 8:
+        to_level = rounding.from_least(bits)
+    else:
+        return None
+    return rounding.grouped(to_level, layout.columns, margin_db=rounding.COMPENSATED_DB)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

@@ -53,8 +53,8 @@ def observe(module: nn.Module, args) -> None:
         module.weight_zero_point.data = zero.reshape(module.weight_zero_point.shape).to(module.weight_zero_point.dtype)
 
 
-def compressed(form: str, rows: int, columns: int, *, dtype=F32, bias=False, **weights):
-    """A Linear compressed in place by the library, and what the library decompresses again."""
+def compressed(form: str, rows: int, columns: int, *, dtype=F32, bias=False, values=None, **weights):
+    """A Linear (of the values given) compressed in place by the library, and what the library decompresses again."""
 
     def make() -> Made:
         scheme = scheme_of(**weights)
@@ -64,6 +64,8 @@ def compressed(form: str, rows: int, columns: int, *, dtype=F32, bias=False, **w
 
         torch.manual_seed(rows * columns)
         layer = nn.Linear(columns, rows, bias=bias, dtype=dtype)
+        if values is not None:
+            layer.weight.data = values.clone()
         initialize_module_for_quantization(layer, scheme, force_zero_point=not scheme.weights.symmetric)
         if hasattr(layer, "weight_global_scale"):
             layer.weight_global_scale.data = 448 * 6 / layer.weight.abs().max().view(1).float()

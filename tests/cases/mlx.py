@@ -26,10 +26,20 @@ def _quantization(mode: str, group: int, bits: int, **modules) -> dict:
     return {"quantization": block, "quantization_config": block}
 
 
-def quantized(shape: tuple[int, ...], mode: str, group: int, bits: int, *, dtype="float32", config: dict | None = None):
+def quantized(
+    shape: tuple[int, ...],
+    mode: str,
+    group: int,
+    bits: int,
+    *,
+    dtype="float32",
+    config: dict | None = None,
+    values=None,
+):
     def make() -> Made:
         mx = _mlx()
-        weight = mx.random.normal(shape, key=mx.random.key(bits * group)).astype(getattr(mx, dtype))
+        random = mx.random.normal(shape, key=mx.random.key(bits * group))
+        weight = (random if values is None else mx.array(values.numpy())).astype(getattr(mx, dtype))
         codes, scales, *biases = mx.quantize(weight, group, bits, mode=mode)
         exact = [part.astype(mx.float32) for part in biases]  # the library rounds to the dtype of its scales
         decoded = mx.dequantize(

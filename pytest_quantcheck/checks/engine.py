@@ -1,0 +1,281 @@
+"""Measuring pairs of tensors: cut into slabs, slabs in parallel, windows that fit the cache, results in order.
+
+    pair    a tensor and its reference, of equal shape
+    slab    about `SLAB` values of a pair: what one worker does at once, in any thread or process
+    window  about `WINDOW` values of a slab: what is decoded and added up at once
+
+Slabs and windows depend on the pair alone, and sums are added in their order: the result is the same to the last bit
+however the slabs are spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import reduce
+from itertools import groupby
+from math import lcm
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_quantcheck.checks import views, window
+from pytest_quantcheck.checks.metrics import Extremes, Fidelity, Shard, Sums
+from pytest_quantcheck.checks.shards import cuts, pieces
+from pytest_quantcheck.containers import files
+from pytest_quantcheck.dtypes import DTYPES
+from pytest_quantcheck.tensor import LogicalTensor
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW = 1 << 19
+GPU_WINDOW = 1 << 24
+ROWS = 4096  # of a window at most, so that no sum over rows is long
+SLAB = 1 << 24
+STRIP = 1 << 22  # values of a turned reference that are read at once
+HELD = 1 << 22  # bytes of a part that every window looks into
+THREADS = 8
+
+# Floats to which casting is exact to say: to nearest, ties to even.
+CASTS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class Slab(NamedTuple):
+    """Some rows of a pair, and how they are read."""
+
+    pair: int
+    tensor: LogicalTensor
+    reference: LogicalTensor
+    start: int
+    stop: int
+    step: int
+    device: str
+
+
+class Measured(NamedTuple):
+    """What one slab has: the sums of each shard, and the extremes."""
+
+    pair: int
+    values: int
+    shards: tuple[Sums, ...]
+    extremes: Extremes
+
+
+Pair = tuple[LogicalTensor, LogicalTensor]
+
+
+def measure(tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu") -> Fidelity:
+    """Return the metrics of one tensor against a reference of the same shape (`views` bring others to it).
+
+    Raises `NotDecodable` where values cannot be reached.
+    """
+    return next(iter(measure_each([(tensor, reference)], device=device, workers=1)))
+
+
+def measure_each(
+    pairs: Sequence[Pair],
+    *,
+    device: str = "cpu",
+    executor: Executor | None = None,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Fidelity]:
+    """Yield the metrics of each pair, in order, as soon as they are there.
+
+    Slabs go to `executor`, or to `workers` threads of this process (as many as torch would use, at most eight; one for
+    a GPU). `progress` is told how many values have been compared since it was told last.
+    """
+    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, device)]
+    batches = list(_batches(slabs))
+    with _running(executor, workers, device) as submit:
+        for at, parts in groupby(_told(submit(batches), progress), key=lambda part: part.pair):
+            yield _fidelity(pairs[at][0], list(parts))
+
+
+def measure_slabs(slabs: Sequence[Slab]) -> list[Measured]:
+    """Return what each slab has: the function that is sent to other threads and processes."""
+    _keep_freed_memory()
+    return [_measure(slab) for slab in slabs]
+
+
+@contextmanager
+def _running(
+    executor: Executor | None, workers: int | None, device: str
+) -> Iterator[Callable[[list[list[Slab]]], Iterator[Measured]]]:
+    """A function that measures batches in parallel and yields in order; what is under way is dropped on the way out."""
+    if executor is not None:
+        yield lambda batches: _in_order(executor, batches)
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    workers = workers or (min(threads, THREADS) if device == "cpu" else 1)
+    torch.set_num_threads(1 if device == "cpu" else threads)  # parallel over slabs, not within each sum
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="quantcheck")
+    try:
+        yield lambda batches: _in_order(pool, batches)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc keep what windows free, where it is glibc's: else each window faults in all of its pages anew.
+
+    A large block that is freed raises its thresholds for good (mallopt(3), M_MMAP_THRESHOLD, dynamic adjustment).
+    """
+    import torch
+
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def _in_order(executor: Executor, batches: list[list[Slab]]) -> Iterator[Measured]:
+    futures = [executor.submit(measure_slabs, batch) for batch in batches]
+    try:
+        for future in futures:
+            yield from future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _told(parts: Iterator[Measured], progress: Callable[[int], None] | None) -> Iterator[Measured]:
+    for part in parts:
+        if progress is not None:
+            progress(part.values)
+        yield part
+
+
+def _slabs(at: int, pair: Pair, device: str) -> Iterator[Slab]:
+    tensor, reference = _flat(*pair)
+    step = _rows_per_window(tensor, GPU_WINDOW if device != "cpu" else WINDOW)
+    rows = max(step, SLAB // max(1, tensor.columns) // step * step)
+    if tensor.rounding is not None and tensor.rounding.whole:
+        rows = max(1, tensor.rows)  # the largest magnitude of all is looked for once
+    for start in range(0, max(1, tensor.rows), rows):
+        yield Slab(at, tensor, reference, start, min(start + rows, tensor.rows), step, device)
+
+
+def _batches(slabs: Iterable[Slab]) -> Iterator[list[Slab]]:
+    """Small slabs together, so that a hundred thousand norms are not a hundred thousand messages."""
+    batch: list[Slab] = []
+    size = 0
+    for slab in slabs:
+        batch.append(slab)
+        size += (slab.stop - slab.start) * slab.tensor.columns
+        if size >= SLAB // 4:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _flat(tensor: LogicalTensor, reference: LogicalTensor) -> Pair:
+    """Plain values with very long or very short rows as one column, which can be cut anywhere."""
+    columns = tensor.columns
+    plain = not tensor.quantized and not reference.quantized and not views.is_view(reference)
+    if not plain or tensor.paired_rows or reference.paired_rows or 16 <= columns <= WINDOW:
+        return tensor, reference
+    width = next((width for width in (4096, 1024, 256, 64, 16) if tensor.params % width == 0), 1)
+    shape = (tensor.params // width, width)
+    return tensor._replace(shape=shape), reference._replace(shape=shape)
+
+
+def _rows_per_window(tensor: LogicalTensor, values: int) -> int:
+    """As many rows as come near a window, in full blocks, in full grids of scales, and in full heads."""
+    columns = max(1, tensor.columns)
+    block = tensor.block or 1
+    units = [lcm(block, columns) // columns if block <= WINDOW else 1, tensor.rounding.rows if tensor.rounding else 1]
+    unit = lcm(*units, tensor.paired_rows or 1)
+    if unit * columns > 16 * values:
+        unit = lcm(*units[1:])
+    return max(1, min(values // columns, ROWS) // unit) * unit
+
+
+def _measure(slab: Slab) -> Measured:
+    """Add up one slab."""
+    tensor, reference = _held(slab.tensor), _held(slab.reference)
+    where = cuts(tensor)
+    shards = [Sums() for _ in where.starts]
+    extremes = Extremes()
+    files.expect(tensor.stored, slab.start, slab.stop, tensor.rows)
+    files.expect(reference.stored, slab.start, slab.stop, tensor.rows)
+    largest = _largest(reference, slab.device) if tensor.rounding is not None and tensor.rounding.whole else None
+    for start, stop, wanted in _reference_rows(slab, reference):
+        found, seen = _window(tensor, wanted, largest, start, stop, slab.device)
+        extremes = extremes.plus(seen)
+        for shard, first, last in pieces(where, start, stop):
+            shards[shard] = shards[shard].plus(found.over(first - start, last - start))
+    return Measured(slab.pair, (slab.stop - slab.start) * tensor.columns, tuple(shards), extremes)
+
+
+def _window(
+    tensor: LogicalTensor, reference: torch.Tensor, largest: float | None, start: int, stop: int, device: str
+) -> tuple[window.Rows, Extremes]:
+    decoded = tensor.decode(start, stop, device)
+    changed = 0
+    if not tensor.quantized and tensor.stored.dtype in CASTS:
+        changed = _changed(tensor, decoded, reference)
+    rounded = tensor.rounding.nearest(tensor, reference, largest) if tensor.rounding is not None else None
+    found = window.measure(decoded, reference, rounded, block=tensor.block, first=start)
+    return found, found.extremes._replace(changed=changed)
+
+
+def _changed(tensor: LogicalTensor, decoded: torch.Tensor, reference: torch.Tensor) -> int:
+    """How many plain values are not what the reference is in the stored dtype, to the bit."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[tensor.stored.dtype].torch or "")
+    cast = (reference + tensor.shift if tensor.shift else reference).to(dtype).to(torch.float32)
+    cast = cast - tensor.shift if tensor.shift else cast
+    if torch.equal(decoded.view(torch.int32), cast.view(torch.int32)):
+        return 0
+    return int((decoded.view(torch.int32) != cast.view(torch.int32)).sum())
+
+
+def _held(tensor: LogicalTensor) -> LogicalTensor:
+    """The same tensor with the parts that every window looks into read once."""
+    first, *others = tensor.parts
+    parts = [part._replace(stored=files.held(part.stored, limit=HELD)) for part in others]
+    return tensor._replace(parts=(first, *parts))
+
+
+def _reference_rows(slab: Slab, reference: LogicalTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield the windows of a slab with the rows of the reference; many at once where they are columns of a matrix."""
+    if not slab.tensor.params:
+        return
+    strip = slab.step
+    if views.is_turned(reference):
+        strip = max(slab.step, STRIP // max(1, slab.tensor.columns) // slab.step * slab.step)
+    for low in range(slab.start, slab.stop, strip):
+        high = min(low + strip, slab.stop)
+        rows = reference.decode(low, high, slab.device)
+        for start in range(low, high, slab.step):
+            stop = min(start + slab.step, high)
+            yield start, stop, rows[start - low : stop - low]
+
+
+def _largest(reference: LogicalTensor, device: str) -> float:
+    """The largest magnitude of a reference."""
+    found = 0.0
+    for start, stop in reference.windows(WINDOW):
+        values = reference.decode(start, stop, device)
+        found = max(found, float(values.abs().max())) if values.numel() else found
+    return found
+
+
+def _fidelity(tensor: LogicalTensor, parts: list[Measured]) -> Fidelity:
+    where = cuts(tensor)
+    shards = [Sums() for _ in parts[0].shards]
+    for part in parts:
+        shards = [one.plus(more) for one, more in zip(shards, part.shards, strict=True)]
+    named = tuple(Shard(name, sums) for name, sums in zip(where.names, shards, strict=False) if sums.values)
+    return Fidelity(
+        tensor.name,
+        tensor.scheme,
+        tensor.shape,
+        reduce(Sums.plus, shards, Sums()),
+        reduce(Extremes.plus, (part.extremes for part in parts)),
+        named if tensor.quantized and len(named) > 1 else (),
+        rounds=tensor.rounding is not None,
+    )

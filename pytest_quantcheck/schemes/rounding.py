@@ -1,0 +1,380 @@
+"""What rounding to nearest makes of values: the arithmetic that formats share, and how blocks lie over a matrix.
+
+    symmetric    s = max|w| / reach                        w' = clamp(round(w / s), low, high) * s
+    extreme      s = -(the w of largest |w|) / 2**(bits - 1)    w' as symmetric: the extreme is met exactly
+    affine       s = (max - min) / (levels - 1)            w' = (clamp(round(w / s) + z) - z) * s, z = round(-min / s)
+                 where the zero point is a float           w' = round((w - min) / s) * s + min
+    from_edge    the same from the end of greater magnitude, and s such that 0 has a code
+    codebook     s = max|w| / max|level|                   w' = s * the level nearest to w / s
+    small_float  s = max|w| / the largest float            w' = s * float8(w / s)
+
+    grouped      blocks of columns, each row anew; the last one may be shorter
+    flat         blocks of the row-major tensor, across rows
+    tiled        blocks of rows and columns
+    whole        one block
+
+A scale is kept in float32, float16 or bfloat16; as a power of two (`floor`, `ceil`, `even`, `nearest`: that is how its
+exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of the window (`e4m3-scaled`); or as codes of 8 bits, as
+bitsandbytes does (`nested`).
+
+Left out: what a quantizer does beyond rounding. Calibrated methods minimize another error, and get a wider margin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Literal
+
+from pytest_quantcheck.dtypes import DTYPES
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, Steps, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+ScaleKind = Literal[
+    "float32", "float16", "bfloat16", "floor", "ceil", "even", "nearest", "e4m3", "e4m3-scaled", "nested"
+]
+
+# What error-compensating and searching methods may stay below rounding to nearest.
+COMPENSATED_DB = 3.0
+# Entries of the table that stands for a codebook: a value this near to a boundary may fall on the other side of it.
+ENTRIES = 1 << 16
+NESTED_BLOCK = 256
+WINDOW = 1 << 22  # values: blocks that take more of whole rows are not predicted
+E4M3_MAX = 448.0
+
+# Rounds blocks (n, size), each by itself, given the largest magnitude of all where that is what scales them.
+Round = Callable[["torch.Tensor", float | None], "torch.Tensor"]
+
+
+def grouped(round_: Round, size: int, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
+    """Return the rounding of blocks of `size` columns."""
+    return Rounding(partial(_grouped, round_=round_, size=max(1, size)), margin_db=margin_db, steps=steps)
+
+
+def flat(round_: Round, size: int, columns: int, *, steps: Steps | None = None) -> Rounding:
+    """Return the rounding of blocks of `size` values that run on across rows."""
+    return Rounding(partial(_flat, round_=round_, size=size), size // math.gcd(max(1, columns), size), steps=steps)
+
+
+def tiled(round_: Round, height: int, width: int, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
+    """Return the rounding of blocks of `height` rows and `width` columns."""
+    nearest = partial(_tiled, round_=round_, height=height, width=width)
+    return Rounding(nearest, height, margin_db=margin_db, steps=steps)
+
+
+def whole(round_: Round, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
+    """Return the rounding of a tensor with one scale."""
+    return Rounding(partial(_whole, round_=round_), whole=True, margin_db=margin_db, steps=steps)
+
+
+def placed(
+    round_: Round,
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    *,
+    margin_db: float = 1.5,
+    steps: Steps | None = None,
+) -> Rounding | None:
+    """Return the rounding of blocks of `height` rows and `width` columns; None where windows cannot hold a block."""
+    if height <= 1:
+        return grouped(round_, width, margin_db=margin_db, steps=steps)
+    if height >= math.prod(shape[:-1]) and width >= shape[-1]:
+        return whole(round_, margin_db=margin_db, steps=steps)
+    if height * shape[-1] > WINDOW:
+        return None
+    return tiled(round_, height, width, margin_db=margin_db, steps=steps)
+
+
+def placed_floats(
+    dtype: str,
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    *,
+    scale: ScaleKind = "float32",
+    margin_db: float = 1.5,
+    steps: Steps | None = None,
+) -> Rounding:
+    """Return the rounding to 8-bit floats in blocks; floats keep as much under a scale of a window as of a tensor."""
+    round_ = small_float(dtype, scale=scale)
+    placing = placed(round_, shape, height, width, margin_db=margin_db, steps=steps)
+    if placing is None or placing.whole:
+        return Rounding(partial(_whole, round_=round_), margin_db=margin_db, steps=steps)
+    return placing
+
+
+def on_grid(
+    round_: Round, shape: tuple[int, ...], grid: tuple[int, ...], *, margin_db: float = 1.5, steps: Steps | None = None
+) -> Rounding | None:
+    """Return the rounding of a tensor cut into so many blocks along each dimension; None where rows are not in one."""
+    blocks = [-(-size // max(1, number)) for size, number in zip(shape, grid, strict=True)]
+    height, leading = 1, list(zip(shape[:-1], blocks[:-1], strict=True))
+    while leading:
+        size, block = leading.pop()
+        height *= block
+        if block < size:
+            break
+    if any(block > 1 for _, block in leading):
+        return None
+    return placed(round_, shape, height, blocks[-1], margin_db=margin_db, steps=steps)
+
+
+def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to signed integers; `reach` is the code of the largest magnitude, by default half the range.
+
+    `narrow` leaves out the lowest code.
+    """
+    low, high = -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
+    return partial(_symmetric, low=low, high=high, reach=reach or (high - low) / 2, scale=scale)
+
+
+def extreme(bits: int, *, scale: ScaleKind = "float16") -> Round:
+    """Return the rounding to signed integers whose lowest code is the extreme of the block, whatever its sign."""
+    return partial(_extreme, low=-(2 ** (bits - 1)), scale=scale)
+
+
+def affine(bits: int, *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to unsigned integers with an integer zero point; 0 is always among the values."""
+    return partial(_affine, levels=2**bits, scale=scale)
+
+
+def from_least(bits: int, *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to unsigned integers above the least value, which is kept like the scale."""
+    return partial(_from_least, levels=2**bits, scale=scale)
+
+
+def from_edge(bits: int, *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to unsigned integers from the minimum or the maximum, whichever is of greater magnitude."""
+    return partial(_from_edge, levels=2**bits, scale=scale)
+
+
+def codebook(levels: tuple[float, ...], *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to the levels of a table."""
+    return partial(_codebook, levels=levels, scale=scale)
+
+
+def small_float(dtype: str, *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to one of torch's 8-bit floats, by name."""
+    return partial(_small_float, dtype=dtype, scale=scale)
+
+
+def _grouped(
+    tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *, round_: Round, size: int
+) -> torch.Tensor:
+    rows, columns = values.shape
+    return round_(_in_blocks(values, size), None).view(rows, -(-columns // size) * size)[:, :columns]
+
+
+def _in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut rows into blocks; the last one is filled up with a value that it has: it gets no wider.
+
+    values  # (rows, columns)
+    ->      # (rows * ceil(columns / size), size)
+    """
+    import torch
+
+    rows, columns = values.shape
+    missing = -columns % size
+    if missing:
+        values = torch.cat((values, values[:, -1:].expand(rows, missing)), dim=1)
+    return values.reshape(-1, size)
+
+
+def _flat(
+    tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *, round_: Round, size: int
+) -> torch.Tensor:
+    line = values.reshape(1, -1)
+    return _grouped(tensor, line, largest, round_=round_, size=size).reshape(values.shape)
+
+
+def _tiled(
+    tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *, round_: Round, height: int, width: int
+) -> torch.Tensor:
+    from torch.nn.functional import pad
+
+    rows, columns = values.shape
+    height, width = min(height, max(1, rows)), min(width, max(1, columns))
+    tiles = pad(values, (0, -columns % width, 0, -rows % height))
+    down, across = tiles.shape[0] // height, tiles.shape[1] // width
+    tiles = tiles.view(down, height, across, width).transpose(1, 2).reshape(-1, height * width)
+    tiles = round_(tiles, None).view(down, across, height, width).transpose(1, 2)
+    return tiles.reshape(down * height, across * width)[:rows, :columns]
+
+
+def _whole(tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *, round_: Round) -> torch.Tensor:
+    return round_(values.reshape(1, -1), largest).view(values.shape)
+
+
+def _symmetric(
+    blocks: torch.Tensor, largest: float | None, *, low: int, high: int, reach: float, scale: ScaleKind
+) -> torch.Tensor:
+    scales = scale_of(_largest(blocks, largest), reach, scale)
+    return blocks.mul(_inverse(scales)).round_().clamp_(low, high).mul_(scales)
+
+
+def _extreme(blocks: torch.Tensor, largest: float | None, *, low: int, scale: ScaleKind) -> torch.Tensor:
+    import torch
+
+    least, most = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    scales = scale_of(torch.where(-least > most, least, most), low, scale)
+    return blocks.mul(_inverse(scales)).round_().clamp_(low, -low - 1).mul_(scales)
+
+
+def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
+    low, high = blocks.amin(dim=1, keepdim=True).clamp_(max=0), blocks.amax(dim=1, keepdim=True).clamp_(min=0)
+    if largest is not None:
+        low, high = low.new_full((1, 1), -largest), high.new_full((1, 1), largest)
+    scales = scale_of(high - low, levels - 1, scale)
+    inverse = _inverse(scales)
+    zeros = low.mul(-inverse).round_().clamp_(0, levels - 1)
+    return blocks.mul(inverse).round_().add_(zeros).clamp_(0, levels - 1).sub_(zeros).mul_(scales)
+
+
+def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
+    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    scales, least = scale_of(high - low, levels - 1, scale), scale_of(low, 1.0, scale)
+    return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
+
+
+def _from_edge(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
+    import torch
+
+    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    lower = low.abs() > high.abs()
+    edge, step = torch.where(lower, low, high), (high - low) / (levels - 1)
+    step = torch.where(lower, step, -step)
+    steps_to_zero = (edge * _inverse(step)).round_()
+    step = torch.where(steps_to_zero == 0, step, edge / steps_to_zero)
+    scales = scale_of(step, 1.0, scale)
+    least = scale_of(edge.masked_fill(steps_to_zero == 0, 0.0), 1.0, scale)
+    return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
+
+
+def _codebook(
+    blocks: torch.Tensor, largest: float | None, *, levels: tuple[float, ...], scale: ScaleKind
+) -> torch.Tensor:
+    top = max(map(abs, levels))
+    scales = scale_of(_largest(blocks, largest), top, scale)
+    return nearest_level(blocks.mul(_inverse(scales)), levels).mul_(scales)
+
+
+def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, scale: ScaleKind) -> torch.Tensor:
+    import torch
+
+    kind = getattr(torch, dtype)
+    top = torch.finfo(kind).max
+    scales = scale_of(_largest(blocks, largest), top, scale)
+    codes = blocks.mul(_inverse(scales)).clamp_(-top, top).to(kind)
+    return codes.to(torch.float32).mul_(scales)
+
+
+def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+    """Return the nearest of `levels` for each value, found in a table over their range; NaN takes the middle.
+
+    values  # (...) float32, overwritten
+    ->      # (...) float32
+    """
+    top = max(map(abs, levels))
+    half = ENTRIES // 2 - 1
+    at = values.mul_(half / top).clamp_(-half, half).nan_to_num_().round_().add_(half)
+    table = _level_table(levels).to(values.device)
+    return table.index_select(0, at.view(-1).int()).view(values.shape)
+
+
+@lru_cache
+def _level_table(levels: tuple[float, ...]) -> torch.Tensor:
+    """The nearest level for each of `ENTRIES - 1` values that are evenly spread over the range of the levels."""
+    import torch
+
+    ordered = torch.tensor(sorted(set(levels)), dtype=torch.float64)
+    top = float(ordered.abs().max())
+    spread = torch.linspace(-top, top, ENTRIES - 1, dtype=torch.float64)
+    return ordered[torch.bucketize(spread, (ordered[1:] + ordered[:-1]) / 2)].float()
+
+
+def kept_in(stored: StoredTensor) -> ScaleKind:
+    """Return how a part keeps scales: in the 16-bit float that it has, else in float32."""
+    return {"F16": "float16", "BF16": "bfloat16"}.get(stored.dtype, "float32")  # type: ignore[return-value]
+
+
+def float_of(stored: StoredTensor) -> str:
+    """Return torch's name for the 8-bit float that a part is stored in."""
+    name = DTYPES[stored.dtype].torch
+    assert name is not None
+    return name
+
+
+def _largest(blocks: torch.Tensor, largest: float | None) -> torch.Tensor:
+    return blocks.abs().amax(dim=1, keepdim=True) if largest is None else blocks.new_full((1, 1), largest)
+
+
+def _inverse(scales: torch.Tensor) -> torch.Tensor:
+    """One over each scale, 0 for 0: a block of zeros stays one."""
+    return scales.reciprocal().masked_fill_(scales == 0, 0.0)
+
+
+def scale_of(largest: torch.Tensor, top: float, kind: ScaleKind) -> torch.Tensor:
+    """Return the float32 values of the scales that bring `largest` to `top`, as they are stored."""
+    import torch
+
+    match kind:
+        case "float32":
+            return largest / top
+        case "float16" | "bfloat16":
+            return (largest / top).to(getattr(torch, kind)).to(torch.float32)
+        case "floor":
+            return _power(torch.floor(torch.log2(largest)) - math.floor(math.log2(top)), largest)
+        case "ceil":
+            return _power(torch.ceil(torch.log2(largest / top)), largest)
+        case "even":
+            mantissa, exponent = torch.frexp(largest)  # 0.5 to 1: rounded to one bit as E2M1 rounds
+            return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), largest)
+        case "nearest":
+            return _power(torch.round(torch.log2(largest / top)), largest)
+        case "e4m3":
+            return _e4m3(largest / top)
+        case "e4m3-scaled":
+            above = largest.amax().clamp_(min=torch.finfo(torch.float32).tiny) / (top * E4M3_MAX)
+            return _e4m3(largest / top / above).mul_(above)
+        case "nested":
+            return _nested(largest / top)
+
+
+def _power(exponents: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    powers = torch.exp2(exponents.to(torch.float32).clamp(-127, 127))
+    return powers.masked_fill_(largest == 0, 0.0)
+
+
+def _e4m3(scales: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+
+
+def _nested(scales: torch.Tensor) -> torch.Tensor:
+    """Scales less their mean, as 8-bit codes in blocks of 256."""
+    mean = scales.mean()
+    blocks = _in_blocks(scales.view(1, -1) - mean, NESTED_BLOCK)
+    rounded = _codebook(blocks, None, levels=dynamic_levels(), scale="float32")
+    return rounded.view(-1)[: scales.numel()].view(scales.shape).add_(mean)
+
+
+@lru_cache
+def dynamic_levels() -> tuple[float, ...]:
+    """Return bitsandbytes' 256 values of 8 bits: of each decade the middles of 1, 2, 4, ... 64 equal parts.
+
+    >>> len(dynamic_levels()), max(dynamic_levels()), dynamic_levels().index(0.0)
+    (256, 1.0, 127)
+    """
+    middles = [
+        10.0 ** (decade - 6) * (0.1 + 0.9 * (part + 0.5) / 2**decade)
+        for decade in range(7)
+        for part in range(2**decade)
+    ]
+    return tuple(sorted([*middles, *(-value for value in middles), 0.0, 1.0]))
