@@ -133,6 +133,7 @@ def assert_dequant_fidelity(
     min_block_sqnr_db: float | Literal["auto"] = "auto",
     max_error: float | None = None,
     equal: bool = True,
+    max_steps: float | None = None,
     device: str = "cpu",
     executor: Executor | None = None,
 ) -> Comparison:
@@ -142,15 +143,16 @@ def assert_dequant_fidelity(
     or the floor of the encoding where that is not known; a mapping of name patterns to dB), `gain` off 1 (`"auto"`:
     0.04, more for formats of two and three bits), `bias` in standard deviations of the reference, the SQNR of the worst
     block (`"auto"`: 3 dB, for block formats of four bits and more), and `max_error` in the units of the weights. Plain
-    tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. Work goes to `executor`
-    where one is given (processes for files only), else to threads.
+    tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. `max_steps` limits the
+    error in quantization steps, where they are known: 0.5 is what rounding to nearest has (slow). Work goes to
+    `executor` where one is given (to other processes for files only), else to threads.
     Comparing nothing, or nothing quantized, fails.
     """
     __tracebackhide__ = True
     require_torch("assert_dequant_fidelity decodes values")
     from pytest_quantcheck.checks import fidelity
 
-    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal)
+    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal, max_steps)
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device, executor=executor)
     _require(fidelity.check_fidelity(comparison))
     return comparison

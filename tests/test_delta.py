@@ -110,8 +110,8 @@ ONE, TWO = torch.ones(3, 5), 2 * torch.ones(3, 5)
 FAILS = [
     ("nothing-merged", plain(w=ONE), plain(w=ONE), plain(w=ONE), "nothing was merged"),
     ("not-in-the-base", plain(v=ONE), plain(w=TWO), plain(w=TWO), "w: is not in the base"),
-    ("not-in-the-quantized", plain(w=ONE), plain(w=TWO), plain(v=TWO), "w: is not in the quantized model"),
-    ("shape", plain(w=ONE), plain(w=TWO), plain(w=TWO.t().clone()), "w: is 3 x 5, the quantized model has 5 x 3"),
+    ("not-in-the-quantized", plain(w=ONE), plain(w=TWO), plain(v=TWO), "w: is in the merged model only"),
+    ("shape", plain(w=ONE), plain(w=TWO), plain(w=TWO.t().clone()), "w: is 5 x 3, the base has 3 x 5"),
     ("nan", plain(w=ONE), plain(w=TWO), plain(w=TWO * float("nan")), "w: nan dB"),
     ("nan-in-the-merged", plain(w=ONE), plain(w=TWO * float("nan")), plain(w=TWO), "w: nan dB"),
 ]

@@ -17,6 +17,8 @@ from click.testing import CliRunner
 
 import pytest_quantcheck
 from pytest_quantcheck import cli, plugin
+from pytest_quantcheck.checks.hosts import HOSTS
+from pytest_quantcheck.keys import CHECKS
 from pytest_quantcheck.report import json as json_report
 from pytest_quantcheck.schemes import SCHEMES
 
@@ -42,7 +44,7 @@ def test_every_command_has_a_section(name):
     assert f"## quantcheck {name}\n" in PAGES["reference/cli.md"]
 
 
-@pytest.mark.parametrize("name", ["inspect", "why", "diff", "predict", "compare"])
+@pytest.mark.parametrize("name", ["inspect", "why", "diff", "predict", "compare", "check", "check-size", "init"])
 def test_every_option_of_a_command_is_shown(name):
     usage = CliRunner().invoke(cli.cli, [name, "--help"], prog_name="quantcheck", terminal_width=80).output
     for option in re.findall(r"--[\w-]+", usage):
@@ -88,11 +90,11 @@ def test_json_keys_of_inspect_are_those_documented(tmp_path):
 
 
 def test_json_keys_of_compare_are_those_documented(tmp_path):
-    from pytest_quantcheck.artifact import inspect as inspect_artifact
     from pytest_quantcheck.checks.fidelity import compare
+    from tests.test_engine import pairs
 
-    artifact = inspect_artifact(_checkpoint(tmp_path))
-    produced = _keys(json_report.of_comparison(compare(artifact, artifact)))
+    comparison = compare(*pairs(tmp_path, spoil=0))
+    produced = _keys(json_report.of_comparison(comparison))
     assert produced == _documented("quantcheck compare --json")
 
 
@@ -118,6 +120,33 @@ def test_json_keys_of_diff_are_those_documented(tmp_path):
         for key in ("old", "new", "growth")
     }
     assert produced - of_totals == _documented("quantcheck diff --json")
+
+
+def test_json_keys_of_check_are_those_documented(tmp_path):
+    from pytest_quantcheck import config, runner
+
+    _checkpoint(tmp_path / "model")
+    path = tmp_path / "quantcheck.toml"
+    path.write_text('[[artifact]]\npath = "model"\nreference = "model"\nintegrity = "headers"\n')
+    run = runner.run(runner.plan(config.load(str(path))))
+    for artifact in run["artifacts"]:
+        for document in ("inspect", "why", "compare", "baseline"):
+            artifact[document] = None
+    findings = {f"artifacts[].checks[].findings[].{key}" for key in ("check", "severity", "tensor", "message")}
+    assert _keys(run) - findings == _documented("quantcheck check --json")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.key)
+def test_every_key_of_the_configuration_is_in_the_table_and_in_the_example(check):
+    page = PAGES["reference/config.md"]
+    assert f"| `{check.key}` | {check.value} | {check.about} |\n" in page
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    assert re.search(rf"^{check.key} = ", example, re.MULTILINE) or check.key == "baseline"
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_every_host_is_in_the_table(host):
+    assert re.search(rf"^\| `{host.name}` \| [^|]+ \| {re.escape(host.source)} \|$", PAGES["reference/config.md"], re.M)
 
 
 def test_json_keys_of_predict_are_those_documented(tmp_path):

@@ -67,6 +67,18 @@ def signs(sample: Sample) -> Iterator[Attempt]:
             yield _read(sample, "sign-convention", words, other, "two's complement and offset binary were mistaken")
 
 
+def borrows(sample: Sample) -> Iterator[Attempt]:
+    """Offsets taken off whole words, so that one code borrows from the next."""
+    tensor = sample.tensor
+    width = BITS.get(tensor.stored.dtype, 8) // 8
+    for bits in (2, 4):
+        if _packed(tensor, bits):
+            change = partial(rewritten.undo_borrows, bits=bits)
+            other = rewritten.part(tensor, tensor.parts[0].name, change, unit=width)
+            words = "the borrows between neighbouring codes undone"
+            yield _read(sample, "borrows", words, other, "signed codes were made by subtracting from whole words")
+
+
 def byte_order(sample: Sample) -> Iterator[Attempt]:
     """Words and floats of the other byte order."""
     for part in sample.tensor.parts:
@@ -124,6 +136,19 @@ def zero_points(sample: Sample) -> Iterator[Attempt]:
             other = rewritten.part(tensor, part.name, partial(rewritten.fill, bits=field, number=value))
             words = f"all zero points {value}"
             yield _read(sample, "zero-points-not-meant", words, other, f"the codes were made without `{part.name}`")
+
+
+def code_offsets(sample: Sample) -> Iterator[Attempt]:
+    """Codes that are all off by one, round the end."""
+    tensor = sample.tensor
+    for bits in (2, 4, 8):
+        for number in (1, -1) if _packed(tensor, bits) else ():
+            change = partial(rewritten.add, bits=bits, number=number)
+            words = f"every code one {'higher' if number > 0 else 'lower'}, round the end"
+            other = rewritten.part(tensor, tensor.parts[0].name, change)
+            yield _read(
+                sample, "codes-off-by-one", words, other, "the packer takes them for signed, or counts from one"
+            )
 
 
 def group_order(sample: Sample) -> Iterator[Attempt]:

@@ -12,17 +12,17 @@ does not touch (delta 0) are not judged. Sums are kept in float64 and streamed i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.fidelity import sqnr_db
+from pytest_quantcheck.checks.pairing import Pairing, pair
 from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.errors import NotDecodable
-from pytest_quantcheck.quantities import counted, format_shape
+from pytest_quantcheck.quantities import counted
 from pytest_quantcheck.tensor import LogicalTensor
-
-if TYPE_CHECKING:
-    import torch
 
 CHECK = "delta-preserved"
 WINDOW = 1 << 20
@@ -58,21 +58,24 @@ class Deltas(NamedTuple):
 
 def compare(base: Artifact, merged: Artifact, quantized: Artifact, *, device: str = "cpu") -> Deltas:
     """Compare every tensor that differs between base and merged with what the quantized model has in its place."""
-    before, after = _by_name(base), _by_name(quantized)
-    rows, failures = [], []
-    for tensor in merged.parameters:
-        fault = _unmatched(tensor, before, after)
-        if fault is not None:
-            failures.append((tensor.name, fault))
-            continue
+    before, after = pair(quantized, base), pair(quantized, merged)
+    failures = [
+        (tensor.name, "is an adapter: merge it first") for tensor in merged.parameters if tensor.role == "adapter"
+    ]
+    failures += [*_unpaired(before, "base"), *_unpaired(after, "merged model")]
+    bases = {tensor.name: reference for tensor, reference in before.pairs}
+    rows = []
+    for tensor, reference in after.pairs:
+        if tensor.name not in bases:
+            continue  # said above
         try:
-            row = _measure(before[tensor.name], tensor, after[tensor.name], device)
+            row = _measure(bases[tensor.name], reference, tensor, device)
         except NotDecodable as error:
             failures.append((tensor.name, error.what))
             continue
         if row.signal != 0:  # NaN is no tensor that the adapter leaves alone
             rows.append(row)
-    rows.sort(key=lambda row: (row.db == row.db, row.db))
+    rows.sort(key=lambda row: (not math.isnan(row.db), row.db))
     return Deltas(tuple(rows), tuple(failures))
 
 
@@ -96,42 +99,22 @@ def _line(row: Delta) -> str:
     return f"{row.name}: {row.db:.2f} dB ({how}){lost}"
 
 
-def _by_name(artifact: Artifact) -> dict[str, LogicalTensor]:
-    tensors = {tensor.name: tensor for tensor in artifact.tensors}
-    return {alias: tensors[first] for alias, first in artifact.aliases.items() if first in tensors} | tensors
-
-
-def _unmatched(tensor: LogicalTensor, before: dict[str, LogicalTensor], after: dict[str, LogicalTensor]) -> str | None:
-    """Why a tensor of the merged model cannot be compared."""
-    if tensor.role == "adapter":
-        return "is an adapter: merge it first"
-    for side, tensors in (("base", before), ("quantized model", after)):
-        other = tensors.get(tensor.name)
-        if other is None:
-            return f"is not in the {side}"
-        if other.shape not in (tensor.shape, tensor.shape[::-1] if other.transposed else tensor.shape):
-            return f"is {format_shape(tensor.shape)}, the {side} has {format_shape(other.shape)}"
-    return None
+def _unpaired(pairing: Pairing, side: str) -> Iterator[tuple[str, str]]:
+    """What cannot be compared, in words that say which of the three it is about."""
+    for finding in pairing.findings:
+        if finding.severity != "note":
+            yield finding.tensor or "", finding.message.replace("the reference", f"the {side}")
 
 
 def _measure(base: LogicalTensor, merged: LogicalTensor, quantized: LogicalTensor, device: str) -> Delta:
     signal = noise = cross = weight = 0.0
-    turned = _turned(quantized, merged, device)
-    for start, stop in merged.windows(WINDOW):
-        before, after = (tensor.decode(start, stop, device).double() for tensor in (base, merged))
-        here = quantized.decode(start, stop, device) if turned is None else turned[start:stop]
-        delta, kept = after - before, here.double() - before
+    for start, stop in quantized.windows(WINDOW):
+        before, after, here = (tensor.decode(start, stop, device).double() for tensor in (base, merged, quantized))
+        delta, kept = after - before, here - before
         signal += float(delta.square().sum())
         noise += float((kept - delta).square().sum())
         cross += float((delta * kept).sum())
         weight += float(before.square().sum())
     gain = cross / signal if signal else 1.0
     share = (signal / weight) ** 0.5 if weight else 1.0
-    return Delta(merged.name, quantized.scheme, signal, noise, gain, share)
-
-
-def _turned(quantized: LogicalTensor, merged: LogicalTensor, device: str) -> torch.Tensor | None:
-    """The whole matrix the way the merged model keeps it, where the quantized one is transposed."""
-    if not quantized.transposed or quantized.shape != merged.shape[::-1]:
-        return None
-    return quantized.decode(device=device).t()
+    return Delta(quantized.name, quantized.scheme, signal, noise, gain, share)

@@ -81,6 +81,14 @@ class Sample:
         """The SQNR of the windows as they are stored."""
         return sqnr_db((window.decoded, window.reference) for window in self.windows)
 
+    @cached_property
+    def rounding_db(self) -> float | None:
+        """The SQNR of the windows rounded to nearest in this encoding; None where that is not known for a part."""
+        rounding = self.tensor.rounding
+        if rounding is None or rounding.whole:
+            return None
+        return sqnr_db((rounding.nearest(self.tensor, one.reference, None), one.reference) for one in self.windows)
+
     def window(self, start: int, stop: int) -> Window:
         """Decode some rows of both sides."""
         decoded = self.tensor.decode(start, stop, self.device).view(stop - start, -1)

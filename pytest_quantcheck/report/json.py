@@ -103,6 +103,16 @@ def of_difference(difference: Difference, limit: int) -> dict[str, Any]:
     }
 
 
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "downloads": [
+            {"megabits_per_second": link.megabits, "seconds": round(link.seconds, 3)} for link in cost.downloads
+        ],
+        "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
+        "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
+    }
+
+
 def of_prediction(prediction: Prediction) -> dict[str, Any]:
     """Return what `quantcheck predict --json` prints."""
     return {
@@ -128,16 +138,6 @@ def _predicted(row: Predicted) -> dict[str, Any]:
         "bits_per_weight": bits and {"quantized": _rounded(bits.quantized), "model": _rounded(bits.model)},
         "unquantized": [left._asdict() for left in kept(artifact)] if artifact else [],
         "refused": row.refused,
-    }
-
-
-def _cost(cost: Cost) -> dict[str, Any]:
-    return {
-        "downloads": [
-            {"megabits_per_second": link.megabits, "seconds": round(link.seconds, 3)} for link in cost.downloads
-        ],
-        "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
-        "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
     }
 
 

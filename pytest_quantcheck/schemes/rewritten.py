@@ -116,6 +116,19 @@ def flip_signs(units: torch.Tensor, bits: int) -> torch.Tensor:
     return units ^ mask
 
 
+def undo_borrows(units: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return words of codes as they were before half their range was taken off the whole word, and the sign turned.
+
+    units  # (n, 1, 2, 4 or 8)
+    """
+    import torch
+
+    word = getattr(torch, f"int{8 * units.shape[1]}")
+    half = sum(1 << shift for shift in range(bits - 1, 8, bits))
+    halves = torch.full_like(units, half).view(word)
+    return ((units.contiguous().view(word) ^ halves) + halves).view(torch.uint8).view(units.shape)
+
+
 def add(units: torch.Tensor, bits: int, number: int) -> torch.Tensor:
     """Return 2-, 4- or 8-bit fields with a number added to each, round the end; `bits` above 8 are whole words."""
     import torch
