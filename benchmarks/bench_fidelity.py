@@ -232,17 +232,20 @@ def _saved(folder: Path, tensors: Mapping[str, object], config: Mapping[str, obj
 
 
 def _table(rows: Mapping[str, Callable[[], object]], values: int) -> None:
-    """Print the median time of each row, in turns, as multiples of the first."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
+    """Print the median wall and processor time of each row, in turns, as multiples of the first.
+
+    On a machine that others use as well, processor time says more.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for number in range(ROUNDS + 1):
         for name, run in rows.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             run()
             if number:
-                times[name].append(time.perf_counter() - started)
-    first = statistics.median(next(iter(times.values())))
-    print(f"{'':32}  {'seconds':>8}  {'times':>6}  {'fastest':>8}  {'M values/s':>10}")
-    for name, taken in times.items():
-        seconds = statistics.median(taken)
-        rate = values / seconds / 1e6
-        print(f"{name:32}  {seconds:8.3f}  {seconds / first:6.2f}  {min(taken):8.3f}  {rate:10.0f}", flush=True)
+                times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    medians = {name: [statistics.median(kind) for kind in zip(*taken, strict=True)] for name, taken in times.items()}
+    first = next(iter(medians.values()))
+    print(f"{'':32}  {'seconds':>8}  {'times':>6}  {'processor':>9}  {'times':>6}  {'M values/s':>10}")
+    for name, (wall, processor) in medians.items():
+        shares = f"{wall:8.3f}  {wall / first[0]:6.2f}  {processor:9.3f}  {processor / first[1]:6.2f}"
+        print(f"{name:32}  {shares}  {values / wall / 1e6:10.0f}", flush=True)
