@@ -38,8 +38,7 @@ def disagreements(
     error where that is everything. Raises `FormatError` where config.json describes no model that transformers has,
     and `ValueError` where transformers is not installed.
     """
-    if find_spec("transformers") is None:
-        raise ValueError("verifying the architecture needs transformers: pip install pytest-quantcheck[hf]")
+    _require_transformers("verifying the architecture")
     config = configs.get("config.json")
     if not config:
         raise FormatError("has no config.json, so no architecture to verify", file=source)
@@ -48,13 +47,28 @@ def disagreements(
     return list(_findings(answer, by_name))
 
 
+def described(source: str, config: Mapping[str, object]) -> dict[str, Any]:
+    """Return the tensors that a checkpoint of the model holds, see `unquantized_model.described`.
+
+    Raises `FormatError` where the configuration describes no model that transformers has, and `ValueError` where
+    transformers is not installed.
+    """
+    _require_transformers("predicting from a configuration")
+    return _ask(source, config, None)
+
+
+def _require_transformers(what: str) -> None:
+    if find_spec("transformers") is None:
+        raise ValueError(f"{what} needs transformers: pip install pytest-quantcheck[hf]")
+
+
 def _shape(tensor: LogicalTensor) -> list[int]:
     """The shape as the unquantized model keeps it."""
     shape = list(tensor.shape)
     return [*shape[:-2], shape[-1], shape[-2]] if tensor.transposed else shape
 
 
-def _ask(source: str, config: Mapping[str, object], shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+def _ask(source: str, config: Mapping[str, object], shapes: Mapping[str, list[int]] | None) -> dict[str, Any]:
     """Run the loader in a process of its own and return its answer."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -73,8 +87,7 @@ def _ask(source: str, config: Mapping[str, object], shapes: Mapping[str, list[in
         raise FormatError(f"its model cannot be built: {lines[-1] if lines else process.returncode}", file=source)
     answer: dict[str, Any] = json.loads(process.stdout)
     if "unknown" in answer:
-        what = f"{answer['unknown']} is not in the installed transformers (remote code is never run)"
-        raise FormatError(f"its architecture cannot be verified: {what}", file=source)
+        raise FormatError(f"its architecture is not known: {answer['unknown']}", file=source)
     return answer
 
 

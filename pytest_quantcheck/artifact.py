@@ -184,8 +184,8 @@ def _opened(subject: Subject) -> Artifact:
         return subject
     if isinstance(subject, (str, os.PathLike)):
         with uncollected():
-            return _artifact(containers.open_path(subject))
-    return _artifact(live_module.open_module(subject, schemes.exposers()))
+            return of_container(containers.open_path(subject))
+    return of_container(live_module.open_module(subject, schemes.exposers()))
 
 
 @contextmanager
@@ -224,7 +224,8 @@ def logical_numel(parameter: Any) -> int:
     return inspect(holder).logical_params
 
 
-def _artifact(container: Container) -> Artifact:
+def of_container(container: Container) -> Artifact:
+    """Return what a container holds as logical tensors."""
     try:
         tensors = schemes.logical_tensors(container)
     except FormatError as error:

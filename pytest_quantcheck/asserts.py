@@ -10,17 +10,24 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_quantcheck.artifact import Subject, inspect
-from pytest_quantcheck.checks import coverage, integrity, params, size
+from pytest_quantcheck.artifact import Artifact, Subject, inspect
+from pytest_quantcheck.checks import coverage, integrity, params, same_weights, size
 from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    import torch
+
+    from pytest_quantcheck.checks.delta import Deltas
     from pytest_quantcheck.checks.fidelity import Comparison
+    from pytest_quantcheck.checks.kernel_parity import Parities
+    from pytest_quantcheck.checks.logits import Agreement
+    from pytest_quantcheck.checks.module_output import Outputs
+    from pytest_quantcheck.models import ModelSource
 
 
 def assert_logical_params(
@@ -185,10 +192,128 @@ def assert_matches_baseline(
         _require(baseline.check_baseline(locks.read(path).get(name), outline, allowed, where=path))
 
 
+def assert_same_weights(one: Subject, other: Subject, *, skip: Sequence[str] = ()) -> None:
+    """Fail unless both sides hold the same weights, bit for bit: codes, scales, zero points, codebooks and indices.
+
+    Either side may be saved or live, so what is held to it is saving and loading, copying, and moves between devices.
+    Says which part differs, in how many bytes and where first, and what is on one side only. `skip` are patterns of
+    tensors to leave out. Comparing nothing fails.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_same_weights compares values")
+    _require(same_weights.check_same_weights(inspect(one), inspect(other), skip=skip))
+
+
+def assert_kernel_parity(
+    model: torch.nn.Module, reference: Subject | None = None, *, skip: Sequence[str] = ()
+) -> Parities:
+    """Fail unless the library decodes every quantized layer to the values that are stored; return the comparison.
+
+    The library's own dequantize runs on the device where the layer is, against our decode of the same bytes, within
+    four roundings of its precision. With a `reference`, both are measured against it too. `skip` are patterns of
+    tensors that no library decodes. The message names layer, library, version, device and blocks, and where it can
+    gives a script that shows the difference.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_kernel_parity decodes values")
+    from pytest_quantcheck.checks import kernel_parity
+
+    artifact = _live(model, "assert_kernel_parity")
+    parities = kernel_parity.compare(model, artifact, None if reference is None else inspect(reference), skip=skip)
+    _require(kernel_parity.check_kernel_parity(parities))
+    return parities
+
+
+def assert_module_output(
+    model: torch.nn.Module,
+    *,
+    batches: Sequence[int] = (1, 2, 33),
+    dtypes: Sequence[str] | None = None,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+) -> Outputs:
+    """Fail unless the forward of every quantized linear layer is x @ W.T + bias of the stored W; return the runs.
+
+    Each layer runs alone, as a copy, on random inputs of every batch size: 1 takes the matrix-vector kernel of most
+    libraries, more the matrix-matrix kernel. `dtypes` are those of the inputs (`"float32"`, `"bfloat16"`,
+    `"float16"`); by default the layer's own, or all three where its library takes them. What rounding in the layer's
+    precision, over so many columns, cannot explain fails. `skip` are patterns of tensors to leave out, such as
+    quantized embeddings and stacks of experts.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_module_output runs layers")
+    from pytest_quantcheck.checks import module_output
+
+    artifact = _live(model, "assert_module_output")
+    outputs = module_output.compare(model, artifact, batches=batches, dtypes=dtypes, seed=seed, skip=skip)
+    _require(module_output.check_module_output(outputs))
+    return outputs
+
+
+def assert_logits_close(
+    model: torch.nn.Module | ModelSource,
+    reference: torch.nn.Module | ModelSource,
+    inputs: Any,
+    *,
+    max_kl: float | None = None,
+    max_kl_median: float | None = None,
+    max_kl_99: float | None = None,
+    max_kl_999: float | None = None,
+    min_top1: float | None = None,
+    device: str = "cpu",
+) -> Agreement:
+    """Fail unless the model's next-token distributions are close to the reference's; return the statistics.
+
+    Limits on the Kullback-Leibler divergence per token, in nats: its mean, median, 99 and 99.9 percentile; and on the
+    share of tokens with the same most likely next token (0 to 1). At least one is needed: what is good depends on the
+    model. `inputs` are what a tokenizer returns, a tensor of token ids, or any iterable of those; tokens that the
+    attention mask leaves out do not count. A model that is a path or a function is loaded on `device` when it is its
+    turn and let go after it, so that only one is in memory.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_logits_close runs models")
+    from pytest_quantcheck import devices, models
+    from pytest_quantcheck.checks import logits
+
+    limits = logits.Limits(max_kl, max_kl_median, max_kl_99, max_kl_999, min_top1)
+    if limits == logits.Limits():
+        raise ValueError("a limit is needed: max_kl, max_kl_median, max_kl_99, max_kl_999 or min_top1")
+    agreement = logits.compare(
+        model, reference, inputs, load=lambda source: models.load(source, device), release=devices.release
+    )
+    _require(logits.check_logits(agreement, limits))
+    return agreement
+
+
+def assert_delta_preserved(
+    base: Subject, merged: Subject, quantized: Subject, *, min_db: float, device: str = "cpu"
+) -> Deltas:
+    """Fail unless an adapter that was merged is still there after quantization; return what is left of it.
+
+    `base` and `merged` are unquantized, before and after merging; `quantized` is made of `merged`. Per tensor that
+    merging changed: the adapter over the noise in dB, which has to be `min_db` or more. At 0 dB the noise is as large
+    as the adapter.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_delta_preserved decodes values")
+    from pytest_quantcheck.checks import delta
+
+    deltas = delta.compare(inspect(base), inspect(merged), inspect(quantized), device=device)
+    _require(delta.check_delta(deltas, min_db))
+    return deltas
+
+
 def require_torch(what: str) -> None:
     """Raise an ImportError that says what to install, where torch is not."""
     if importlib.util.find_spec("torch") is None:
         raise ImportError(f"{what} and needs torch: pip install pytest-quantcheck[torch]")
+
+
+def _live(model: torch.nn.Module, what: str) -> Artifact:
+    """The artifact of a live model; a path has nothing that could be run."""
+    if not hasattr(model, "named_modules"):
+        raise TypeError(f"{what} runs the library, so it needs a live torch.nn.Module, not `{type(model).__name__}`")
+    return inspect(model)
 
 
 def _require(verdict: Verdict) -> None:

@@ -42,26 +42,43 @@ def _rebuild(kind: type[FormatError], what: str, file: str | None, tensor: str |
     return kind(what, file=file, tensor=tensor)
 
 
-# Text from a checkpoint may hold anything: terminal escapes, line breaks, text that turns around.
+# Text from a checkpoint may hold anything: terminal escapes, line breaks, text that turns around or cannot be seen.
 _UNPRINTABLE = {
     *range(0x20),
     *range(0x7F, 0xA0),
+    0xAD,
+    0x034F,
+    0x061C,
+    0x180E,
     *range(0x200B, 0x2010),
     *range(0x2028, 0x202F),
     *range(0x2060, 0x2070),
-    0x061C,
+    *range(0xFE00, 0xFE10),
     0xFEFF,
+    *range(0xFFF0, 0xFFFC),
+    *range(0xFFFE, 0x10000),
+    *range(0xE0000, 0xE1000),
 }
 
 
 def printable(text: str) -> str:
-    r"""Return `text` on one line with control, bidirectional and lone surrogate characters escaped.
+    r"""Return `text` on one line with control, invisible, bidirectional and lone surrogate characters escaped.
 
-    >>> print(printable("a\x1b[31mb\nc"))
-    a\x1b[31mb\nc
+    So is what a CI runner would take for a command: `::` where the text begins, `##` anywhere.
+
+    >>> print(printable("a\x1b[31mb\nc"), printable(" ::error::x"), printable("##[error]x"))
+    a\x1b[31mb\nc  \x3a:error::x #\x23[error]x
     """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        repr(char)[1:-1] if ord(char) in _UNPRINTABLE or 0xD800 <= ord(char) < 0xE000 else char for char in text
-    )
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(map(_visible, text))
+    if "##" in text:
+        text = text.replace("##", "#\\x23")
+    return text.replace("::", "\\x3a:", 1) if text.lstrip().startswith("::") else text
+
+
+def _visible(char: str) -> str:
+    code = ord(char)
+    if code not in _UNPRINTABLE and not 0xD800 <= code < 0xE000:
+        return char
+    escaped = repr(char)[1:-1]
+    return escaped if escaped != char else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

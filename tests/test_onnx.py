@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_quantcheck import inspect
-from pytest_quantcheck.containers import onnx_names, onnx_wire
+from pytest_quantcheck.containers import onnx_names, onnx_tensors, onnx_wire
 from pytest_quantcheck.containers.files import open_file
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 
@@ -22,7 +23,7 @@ np = pytest.importorskip("numpy")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from tests.cases.onnx import model_of  # noqa: E402
+from tests.cases.onnx import model_of, run  # noqa: E402
 
 MICROSOFT = {"domain": "com.microsoft"}
 
@@ -51,6 +52,32 @@ def packed(rows: int = 4, columns: int = 32, prefix: str = "w"):
 def nbits(inputs: list[str], output: str, name: str = "n", rows: int = 4, columns: int = 32, **attributes):
     sizes = {"K": columns, "N": rows, "bits": 4, "block_size": 32} | attributes
     return node("MatMulNBits", inputs, output, name, **MICROSOFT, **sizes)
+
+
+def external(name: str, location: str, *, shape=(2,), **entries):
+    found = TensorProto(name=name, data_type=1, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **entries}.items():
+        found.external_data.add(key=key, value=str(value))
+    return found
+
+
+def outside(location: str, **entries):
+    return model_of([], [external("w", location, **entries)], [], [])
+
+
+def two_at(offset: int, *shapes):
+    tensors = [external(name, "w.data", offset=offset, shape=shape) for name, shape in zip("ab", shapes, strict=True)]
+    return model_of([], tensors, [], [])
+
+
+def of_nodes(*nodes, initializers=()):
+    return model_of(nodes, initializers, [("x", 1, [1, 32])], [("y", 1, None)])
+
+
+def filled(shape, operator="MatMul", value=None, dtype="int64"):
+    attributes = {} if value is None else {"value": value}
+    made = node("ConstantOfShape", ["shape"], "w", **attributes)
+    return of_nodes(made, node(operator, ["x", "w"], "y"), initializers=[tensor("shape", shape, dtype)])
 
 
 def small():
@@ -103,6 +130,161 @@ def test_a_terabyte_beside_the_graph_is_counted_without_being_read(tmp_path):
     with open(tmp_path / "w.data", "wb") as file:
         file.truncate(1 << 40)
     assert inspect(save(tmp_path / "m.onnx", model)).logical_params == 1 << 38
+
+
+def test_numbers_that_are_attributes_are_listed(tmp_path):
+    """Four bytes for a float; an integer is a varint, of ten bytes where it is negative."""
+    values = {"value_floats": [0.5, 1.5, -2.0], "value_float": 3.0, "value_ints": [1, -1, 300], "value_int": 7,
+              "value_string": b"words"}  # fmt: skip
+    nodes = [helper.make_node("Constant", [], [name], **{name: value}) for name, value in values.items()]
+    nodes += [node("Mul", ["x", name], f"y{name}") for name in values]
+    nodes.append(node("Resize", ["x", "", "value_floats"], "z"))
+    artifact = inspect(save(tmp_path / "m.onnx", of_nodes(*nodes)))
+    found = {t.name: (t.role, t.shape, t.nbytes, t.decode().flatten().tolist()) for t in artifact.tensors}
+    assert found == {
+        "value_floats": ("parameter", (3,), 12, [0.5, 1.5, -2.0]),
+        "value_float": ("buffer", (), 4, [3.0]),
+        "value_ints": ("buffer", (3,), 13, [1.0, -1.0, 300.0]),
+        "value_int": ("buffer", (), 1, [7.0]),
+    }
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def square(kind: str = "float32"):
+    return tensor("c", np.tril(np.ones((1, 1, 32, 32))), kind)
+
+
+# id, nodes between the constant `c` and its end, the constant, what it is
+WAYS = [
+    ("frequencies", [("Unsqueeze", ["c", "axes"]), ("Expand", ["0", "shape"]), ("MatMul", ["0", "x"]), ("Cos", ["0"]),
+                     ("Sin", ["2"])], tensor("c", np.ones(32)), "buffer"),
+    ("frequencies-times-positions", [("Mul", ["x", "c"]), ("Cos", ["0"]), ("Sin", ["0"])], tensor("c", np.ones(32)),
+     "buffer"),
+    ("a-layer-with-sines", [("MatMul", ["x", "c"]), ("Sin", ["0"])], tensor("c", np.ones((32, 32))), "parameter"),
+    ("a-bias-before-a-sine", [("Add", ["x", "c"]), ("Sin", ["0"]), ("Cos", ["0"])], tensor("c", np.ones(32)),
+     "parameter"),
+    ("a-gain-before-a-sine", [("Mul", ["x", "c"]), ("Sin", ["0"])], tensor("c", np.ones(32)), "parameter"),
+    ("a-mask-that-is-added", [("Slice", ["c", "axes", "axes"]), ("Add", ["x", "0"]), ("Softmax", ["1"])], square(),
+     "buffer"),
+    ("a-mask-of-bytes", [("Slice", ["c", "axes", "axes"]), ("Cast", ["0"]), ("Where", ["1", "x", "x"])],
+     square("uint8"), "buffer"),
+    ("a-square-filter", [("Conv", ["x", "c"]), ("Softmax", ["0"])], square(), "parameter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ways", "constant", "role"), [row[1:] for row in WAYS], ids=[row[0] for row in WAYS])
+def test_buffers_without_a_name_are_told_by_where_they_go(tmp_path, ways, constant, role):
+    nodes = [node(operator, inputs, str(at)) for at, (operator, inputs) in enumerate(ways)]
+    initializers = [constant, tensor("axes", [0], "int64"), tensor("shape", [1, 32, 1], "int64")]
+    artifact = inspect(save(tmp_path / "m.onnx", of_nodes(*nodes, initializers=initializers)))
+    assert artifact.tensor("c").role == role
+
+
+BUFFER_NAMES = ["cos_cache", "model.rotary_emb.cos_cached", "/model/layers.0/rotary_emb/Constant_1_output_0",
+                "layers.0.attn.causal_mask", "inv_freq", "h.0.attn.masked_bias"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*BUFFER_NAMES, "model.cosine.weight", "mask_head.weight", "rope_proj"])
+def test_names_of_buffers(tmp_path, name):
+    model = of_nodes(node("Mul", ["x", name], "y"), initializers=[tensor(name, np.ones((4, 32)))])
+    (found,) = inspect(save(tmp_path / "m.onnx", model)).tensors
+    assert found.role == ("buffer" if name in BUFFER_NAMES else "parameter")
+
+
+FILLED = [
+    ("a-weight", filled([32, 3], value=tensor("", [0.5])), "parameter", 0.5),
+    ("zeros-by-default", filled([32, 3]), "parameter", 0.0),
+    ("a-mask", filled([32, 3], "Add"), "buffer", 0.0),
+    ("in-16-bit", filled([32, 3], value=tensor("", [0.5], "float16")), "parameter", 0.5),
+]
+
+
+@pytest.mark.parametrize(("model", "role", "value"), [row[1:] for row in FILLED], ids=[row[0] for row in FILLED])
+def test_weights_that_the_graph_generates_are_listed_and_weigh_nothing(tmp_path, model, role, value):
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    weight = artifact.tensor("w")
+    assert (weight.role, weight.shape, weight.nbytes) == (role, (32, 3), 0)
+    assert weight.decode(5, 9).tolist() == [[value] * 3] * 4
+    assert artifact.logical_params == (96 if role == "parameter" else 0)
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_two_tensors_at_one_place_are_tied(tmp_path):
+    (tmp_path / "w.data").write_bytes(np.arange(6, dtype="float32").tobytes())
+    artifact = inspect(save(tmp_path / "m.onnx", two_at(0, (2, 3), (2, 3))))
+    assert [(t.name, t.role, t.nbytes) for t in artifact.tensors] == [("a", "parameter", 24), ("b", "tied", 0)]
+    assert (artifact.logical_params, artifact.tied_params) == (6, 6)
+    assert artifact.tensor("b").decode().tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_a_packed_weight_at_one_place_is_tied_with_its_scales(tmp_path):
+    (tmp_path / "w.data").write_bytes(bytes(range(64)) + np.ones(8, dtype="float32").tobytes())
+
+    def beside(name, kind, shape, offset):
+        found = external(name, "w.data", shape=shape, offset=offset)
+        found.data_type = kind
+        return found
+
+    def model(second):
+        tensors = [beside(f"{w}", 2, (4, 1, 16), 0) for w in "ab"]
+        tensors += [beside("a_s", 1, (4, 1), 64), beside("b_s", 1, (4, 1), second)]
+        return of_nodes(nbits(["x", "a", "a_s"], "y"), nbits(["x", "b", "b_s"], "z"), initializers=tensors)
+
+    tied = inspect(save(tmp_path / "tied.onnx", model(64)))
+    assert [(t.role, t.nbytes) for t in tied.tensors] == [("parameter", 80), ("tied", 0)]
+    scaled = inspect(save(tmp_path / "scaled.onnx", model(80)))
+    assert [(t.role, t.nbytes) for t in scaled.tensors] == [("parameter", 80), ("parameter", 16)]
+    assert (tied.logical_params, scaled.logical_params) == (128, 256)
+
+
+def test_files_of_a_folder_weigh_with_its_model(tmp_path):
+    model = model_of([], [external("w", "m.onnx_data")], [], [])
+    for name, size in {
+        "m.onnx_data": 8,
+        "tokenizer.json": 100,
+        "m.onnx_data_1": 30,
+        "model.safetensors.bak": 5,
+    }.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    save(tmp_path / "m.onnx", model)
+    artifact = inspect(tmp_path)
+    assert artifact.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert {file.name: file.kind for file in artifact.beside} == {
+        "tokenizer.json": "metadata", "m.onnx_data_1": "dead", "model.safetensors.bak": "metadata"}  # fmt: skip
+    assert artifact.bytes["dead"] == 30
+    assert [finding.check for finding in artifact.findings] == ["orphan-file"]
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+    save(tmp_path / "m_q4.onnx", small())
+    with pytest.raises(FormatError, match=r"holds 2 ONNX models \(m.onnx, m_q4.onnx\): name one"):
+        inspect(tmp_path)
+    assert inspect(tmp_path / "m_q4.onnx").logical_params == 227
+
+
+def test_the_checksum_of_what_lies_beside_is_verified(tmp_path, monkeypatch):
+    (tmp_path / "w.data").write_bytes(bytes(8))
+    path = save(tmp_path / "m.onnx", outside("w.data", checksum=hashlib.sha1(bytes(8)).hexdigest().upper()))
+    assert inspect(path).findings == ()
+    monkeypatch.setattr(onnx_tensors, "CHECKSUM_LIMIT", 7)
+    (finding,) = inspect(path).findings
+    assert (finding.check, finding.severity) == ("external-checksum", "note")
+
+
+def test_hard_links_within_the_folder_are_read(tmp_path):
+    (tmp_path / "w.data").write_bytes(bytes(8))
+    os.link(tmp_path / "w.data", tmp_path / "same.data")
+    assert inspect(save(tmp_path / "m.onnx", outside("same.data"))).logical_params == 2
+
+
+def test_numbers_in_typed_fields_are_read_in_windows(tmp_path):
+    values = np.random.default_rng(0).integers(-9, 9, 100_000)
+    typed = helper.make_tensor("w", TensorProto.INT8, [1000, 100], values)
+    nodes = [node("DequantizeLinear", ["w", "s"], "y")]
+    path = save(tmp_path / "m.onnx", model_of(nodes, [typed, tensor("s", 1.0)], [], [("y", 1, None)]))
+    weight = inspect(path).tensor("w")
+    assert path.stat().st_size > 4 * onnx_tensors.PIECE
+    for start, stop in ((0, 3), (1, 2), (499, 502), (997, 1000), (0, 1000)):
+        assert weight.decode(start, stop).flatten().tolist() == values[start * 100 : stop * 100].tolist()
 
 
 def test_the_graph_is_kept_without_its_weights(tmp_path):
@@ -187,6 +369,56 @@ def test_dynamic_quantization_by_onnxruntime(tmp_path):
     assert sum(artifact.bytes.values()) == artifact.file_bytes
 
 
+@pytest.mark.parametrize("scales", [(), (1,), (2, 20)], ids=["one", "by-direction", "by-column"])
+def test_a_recurrent_layer_computes_what_its_decoded_weights_compute(tmp_path, scales):
+    """DynamicQuantizeLSTM against LSTM; the activations have eight bits, which costs 1 %."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime computes both")
+    directions = 2 if scales == (2, 20) else 1
+    random = np.random.default_rng(3)
+    arrays = {}
+    for name, rows in (("W", 7), ("R", 5)):
+        arrays[name] = random.integers(-90, 91, (directions, rows, 20)).astype("int8")
+        arrays[f"{name}_s"] = (0.004 + 0.01 * random.random(scales or (1,))).astype("float32")
+        zero = 0 if directions == 2 else random.integers(-20, 21)  # onnxruntime: none where columns have scales
+        arrays[f"{name}_z"] = np.full(scales or (1,), zero).astype("int8")
+    parts = ["W_s", "W_z", "R_s", "R_z"]
+    options = {"hidden_size": 5, "direction": "bidirectional" if directions == 2 else "forward"}
+    steps = node("DynamicQuantizeLSTM", ["x", "W", "R", "", "", "", "", "", *parts], "y", **MICROSOFT, **options)
+    given = [("x", 1, [3, 2, 7])]
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    model = model_of([steps], tensors, given, [("y", 1, None)])
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    decoded = [artifact.tensor(name) for name in "WR"]
+    assert [t.scheme for t in decoded] == ["onnx-int8", "onnx-int8"]
+    floats = [tensor(t.name, t.decode().view(t.shape).transpose(1, 2).numpy()) for t in decoded]
+    plain = model_of([node("LSTM", ["x", "W", "R"], "y", **options)], floats, given, [("y", 1, None)])
+    feeds = {"x": random.standard_normal((3, 2, 7)).astype("float32")}
+    assert (run(model, feeds) - run(plain, feeds)).abs().max() < 0.02
+
+
+def test_a_fused_embedding_computes_what_its_decoded_tables_compute(tmp_path):
+    """QEmbedLayerNormalization: five tensors, each with one scale and one zero point."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime computes it")
+    random = np.random.default_rng(4)
+    shapes = {"word": (11, 8), "position": (6, 8), "segment": (2, 8), "gamma": (8,), "beta": (8,)}
+    arrays = {name: random.integers(0, 256, shape).astype("uint8") for name, shape in shapes.items()}
+    arrays |= {f"{name}_s": np.float32(random.random() + 0.1) for name in shapes}
+    arrays |= {f"{name}_z": np.uint8(random.integers(0, 256)) for name in shapes}
+    inputs = ["ids", "segments", *shapes, "", *(f"{name}_s" for name in shapes), *(f"{name}_z" for name in shapes)]
+    fused = helper.make_node("QEmbedLayerNormalization", inputs, ["y", "mask"], **MICROSOFT, epsilon=1e-5)
+    given = [("ids", 6, [2, 4]), ("segments", 6, [2, 4])]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    model = model_of([fused], tensors, given, [("y", 1, None)])
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    word, position, segment, gamma, beta = (artifact.tensor(n).decode().view(s) for n, s in shapes.items())
+    ids, segments = random.integers(0, 11, (2, 4)), random.integers(0, 2, (2, 4))
+    summed = word[ids] + position[:4] + segment[segments]
+    expected = torch.nn.functional.layer_norm(summed, (8,), gamma[:], beta[:], 1e-5)
+    found = run(model, {"ids": ids.astype("int32"), "segments": segments.astype("int32")})
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+    assert artifact.logical_params == 8 * 21
+
+
 @pytest.mark.parametrize(("block", "size"), [(32, 360), (64, 324), (128, 340)])
 def test_blocks_that_576_columns_do_not_fill_are_padded(block, size, tmp_path):
     """5 blocks of 128 are 640 columns: more bytes than 9 blocks of 64."""
@@ -249,29 +481,30 @@ def test_without_the_onnx_package_the_extra_is_named(tmp_path, monkeypatch):
         inspect(path)
 
 
-def external(name: str, location: str, *, shape=(2,), **entries):
-    found = TensorProto(name=name, data_type=1, dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": location, **entries}.items():
-        found.external_data.add(key=key, value=str(value))
-    return found
-
-
-def outside(location: str, **entries):
-    return model_of([], [external("w", location, **entries)], [], [])
-
-
 def pair(first: int, second: int):
     return model_of([], [external("a", "w.data", offset=first), external("b", "w.data", offset=second)], [], [])
+
+
+def two_checksums():
+    return model_of([], [external(n, "w.data", offset=8 * i, checksum=n * 40) for i, n in enumerate("ab")], [], [])
+
+
+def sparse_constant():
+    values, indices = tensor("", [1.0]), tensor("", [2], "int64")
+    made = helper.make_node("Constant", [], ["w"], sparse_value=helper.make_sparse_tensor(values, indices, [4]))
+    return of_nodes(made, node("Add", ["x", "w"], "y"))
+
+
+def training():
+    model = small()
+    model.training_info.add().algorithm.name = "step"
+    return model
 
 
 def changed(change):
     found = tensor("w", [1.0, 2.0])
     change(found)
     return model_of([], [found], [], [])
-
-
-def of_nodes(*nodes, initializers=()):
-    return model_of(nodes, initializers, [("x", 1, [1, 32])], [("y", 1, None)])
 
 
 def sparse():
@@ -290,7 +523,7 @@ def both_ways():
     return of_nodes(*nodes, initializers=[*packed(), packed(prefix="v")[1]])
 
 
-def expert(operator: str = "QMoE"):
+def ordered(operator: str = "QOrderedMatMul"):
     weight = tensor("w", np.zeros((2, 8, 16)), "uint8")
     return of_nodes(node(operator, ["x", "x", "w", "x"], "y", "experts", **MICROSOFT), initializers=[weight])
 
@@ -314,6 +547,16 @@ REFUSED = [
     ("length-that-differs", outside("w.data", length=12), "needs 8 bytes"),
     ("location-missing", outside(""), "without a location"),
     ("overlap", pair(0, 4), "no overlaps"),
+    ("one-place-two-shapes", two_at(0, (2,), (1, 2)), "no overlaps"),
+    ("hard-link-out", outside("hard"), "hard links are not read"),
+    ("wrong-checksum", outside("w.data", checksum="ab" * 20), "the graph says `abab"),
+    ("two-checksums", two_checksums(), "another checksum"),
+    ("filled-to-a-negative-shape", filled([32, -3]), "is filled to the shape [32, -3]"),
+    ("filled-without-end", filled([32, 1 << 40]), "values)"),
+    ("filled-to-a-shape-in-32-bit", filled([32, 3], dtype="int32"), "not INT64"),
+    ("filled-with-two-values", filled([32, 3], value=tensor("", [1.0, 2.0])), "is not one number"),
+    ("sparse-constant", sparse_constant(), "Constant with `sparse_value`"),
+    ("training", training(), "training_info"),
     ("negative-dimension", changed(lambda t: t.dims.__setitem__(0, -2)), "has the shape [-2]"),
     ("too-few-bytes", changed(lambda t: setattr(t, "raw_data", b"1234")), "8 bytes has 4"),
     ("two-fields", changed(lambda t: t.float_data.append(1.0)), "twice"),
@@ -332,7 +575,7 @@ REFUSED = [
     ("scales-of-another-axis", dequantized(scale=(4,)), "[4] is not [1, 6]"),
     ("axis-out-of-range", dequantized(scale=(4,), axis=2), "dimension 2 of [4, 6]"),
     ("blocks-that-do-not-fit", dequantized(scale=(4, 2), block_size=2), "is not [4, 3]"),
-    ("unknown-operator", expert(), "feeds QMoE (node `experts`)"),
+    ("unknown-operator", ordered(), "feeds QOrderedMatMul (node `experts`)"),
     ("words-for-a-foreign-operator", foreign(), "feeds QLinear (node `q`): may hold packed codes"),
     ("integers-for-nobody", of_nodes(initializers=[tensor("w", [1, 2], "int8")]), "feeds no node"),
 ]  # fmt: skip
@@ -346,6 +589,7 @@ def test_what_cannot_be_read_exactly_is_refused(model, what, tmp_path):
     (folder / "w.data").write_bytes(bytes(100))
     (folder / "folder").mkdir()
     os.symlink(tmp_path / "secret", folder / "link")
+    os.link(tmp_path / "secret", folder / "hard")
     with pytest.raises(FormatError) as caught:
         inspect(save(folder / "m.onnx", model))
     assert any(part in str(caught.value) for part in what.split("|")), str(caught.value)
@@ -395,4 +639,4 @@ def test_a_changed_byte_gives_an_error_or_adds_up(tmp_path_factory, data):
 
 def test_an_unknown_encoding_is_told_from_a_broken_file(tmp_path):
     with pytest.raises(UnknownEncoding):
-        inspect(save(tmp_path / "m.onnx", expert()))
+        inspect(save(tmp_path / "m.onnx", ordered()))

@@ -7,19 +7,21 @@ failure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import zip_longest
 from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks import smoothing
 from pytest_quantcheck.checks.alignment import align
+from pytest_quantcheck.checks.diagnosis import diagnose
 from pytest_quantcheck.checks.engine import measure, measure_each
 from pytest_quantcheck.checks.limits import Limits, expects_rounding, judge, outliers, require_matches
 from pytest_quantcheck.checks.metrics import Fidelity, sqnr_db
 from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.pairing import pair as pair_tensors
-from pytest_quantcheck.checks.verdict import Verdict, worst
+from pytest_quantcheck.checks.verdict import WORST, Verdict, worst
 from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.quantities import counted
 
@@ -77,7 +79,17 @@ def compare(
     quantized = [row for row in rows if row.quantized]
     total = sqnr_db(sum(row.signal for row in quantized), sum(row.noise for row in quantized)) if quantized else None
     rows.sort(key=_margin)
+    findings += _diagnoses(rows, pairs, device)
     return Comparison(tuple(rows), tuple(findings), total)
+
+
+def _diagnoses(rows: list[Fidelity], pairs: Sequence[Pair], device: str) -> Iterator[Finding]:
+    """What is likely wrong with the worst tensors, as notes."""
+    by_name = {tensor.name: (tensor, reference) for tensor, reference in pairs}
+    for row in [row for row in rows if row.faults][:WORST]:
+        found = diagnose(*by_name[row.name], device=device, near=row.extremes.lost_at or row.extremes.row)
+        if found is not None:
+            yield Finding("diagnosis", "note", row.name, f"likely {found}")
 
 
 def _require_files(artifact: Artifact, reference: Artifact, executor: Executor | None) -> None:
@@ -120,6 +132,7 @@ def _vacuous(rows: list[Fidelity]) -> Iterator[Finding]:
 def check_fidelity(comparison: Comparison) -> Verdict:
     """Turn a comparison into a verdict: worst tensors first."""
     errors = [finding for finding in comparison.findings if finding.severity == "error"]
+    likely = {finding.tensor: finding.message for finding in comparison.findings if finding.check == "diagnosis"}
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     wrong = {finding.tensor for finding in errors if finding.tensor}
     headline = f"fidelity: {counted(len(comparison.tensors), 'tensor')} compared{total}, {len(wrong):,} wrong"
@@ -129,7 +142,17 @@ def check_fidelity(comparison: Comparison) -> Verdict:
     order = {row.name: at for at, row in enumerate(comparison.tensors)}
     names = sorted(by_tensor, key=lambda name: order.get(name or "", -1))
     lines = [f"{name + ': ' if name else ''}{'; '.join(by_tensor[name])}" for name in names]
-    return Verdict("dequant-fidelity", not errors, headline, tuple(worst(lines)), comparison.findings)
+    return Verdict(
+        "dequant-fidelity", not errors, headline, tuple(_explained(lines, names, likely)), comparison.findings
+    )
+
+
+def _explained(lines: list[str], names: list[str | None], likely: Mapping[str | None, str]) -> Iterator[str]:
+    """Yield the worst lines, and under each what is likely wrong with its tensor."""
+    for line, name in zip_longest(worst(lines), names[:WORST]):
+        yield line
+        if name in likely:
+            yield f"  {likely[name]}"
 
 
 def _margin(row: Fidelity) -> tuple[bool, float, float]:

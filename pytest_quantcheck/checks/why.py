@@ -16,7 +16,7 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.checks import integrity
+from pytest_quantcheck.checks import cost, integrity
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part
 from pytest_quantcheck.ties import EMBEDDINGS, HEADS
@@ -127,6 +127,7 @@ class Explanation(NamedTuple):
     expected_bytes: int | None
     code_bytes: int
     reasons: tuple[Reason, ...]
+    cost: cost.Cost
 
 
 class _Base(NamedTuple):
@@ -165,6 +166,7 @@ def explain(artifact: Artifact) -> Explanation:
         ceil(params * base.code_bits / 8) if base else None,
         sum(tensor.bytes.get("codes", 0) for tensor in artifact.tensors if tensor.quantized),
         _reasons(shares, artifact.file_bytes),
+        cost.felt(artifact),
     )
 
 
@@ -220,12 +222,13 @@ def _plain(tensor: LogicalTensor, base: _Base | None) -> Iterator[_Share]:
     name, dtype = tensor.name, _dtype(tensor)
     surplus = tensor.bytes.get("metadata", 0)
     size = tensor.nbytes - surplus
-    yield _Share(_plain_kind(tensor), size, name, dtype, tuple(_plain_savings(tensor, size, base)))
+    yield _Share(plain_kind(tensor), size, name, dtype, tuple(_plain_savings(tensor, size, base)))
     if surplus:
         yield _Share("typed_fields", surplus, name, dtype, (Saving(surplus, "in raw_data"),))
 
 
-def _plain_kind(tensor: LogicalTensor) -> Kind:
+def plain_kind(tensor: LogicalTensor) -> Kind:
+    """Return what an unquantized parameter is: embedding, head, vectors, matrices or adapters."""
     if tensor.role == "adapter":
         return "adapters"
     if len(tensor.shape) < 2:

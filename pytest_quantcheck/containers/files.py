@@ -168,6 +168,15 @@ def open_beneath(folder: str, name: str) -> File:
     raise FormatError(f"links to `{real}`, outside its folder (only files beneath the folder are read)", file=shown)
 
 
+def links_elsewhere(file: File, folder: str) -> int:
+    """Return how many names a file has that are not in its own folder, nor in `folder`: hard links out of it."""
+    inside = 0
+    for place in {os.path.dirname(file.path), os.path.realpath(folder)}:
+        with os.scandir(place) as entries:
+            inside += sum(entry.inode() == file.stamp.inode and not entry.is_symlink() for entry in entries)
+    return os.stat(file.path).st_nlink - inside
+
+
 def read_json(folder: str, name: str) -> dict[str, object] | None:
     """Return a JSON object of the folder, or None where there is no such file."""
     if not os.path.lexists(os.path.join(folder, name)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from operator import eq
 from typing import NamedTuple, Protocol
@@ -119,6 +119,24 @@ def _open_folder(folder: str, layout: Layout, *, index: str | None = None) -> Co
         findings=(*_stale_total(total_size, whole, data_bytes, index), *whole.findings, *_orphans(orphans)),
         metadata=whole.metadata,
         beside=tuple(SideFile(name, "dead" if name in orphans else "metadata", beside[name]) for name in beside),
+    )
+
+
+def with_beside(container: Container, folder: str, beside: Mapping[str, int], stale: Collection[str] = ()) -> Container:
+    """Return a container as that of its folder: the files beside it weigh too, `stale` ones as dead."""
+    dead = {name: size for name, size in beside.items() if name in stale}
+    added: dict[ByteClass, int] = {"dead": sum(dead.values())}
+    added["metadata"] = sum(beside.values()) - added["dead"]
+    return replace(
+        container,
+        source=folder,
+        file_bytes=container.file_bytes + sum(beside.values()),
+        overhead={
+            **container.overhead,
+            **{kind: container.overhead.get(kind, 0) + size for kind, size in added.items()},
+        },
+        findings=(*container.findings, *_orphans(dead)),
+        beside=tuple(SideFile(name, "dead" if name in dead else "metadata", size) for name, size in beside.items()),
     )
 
 

@@ -25,11 +25,11 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck import dtypes
-from pytest_quantcheck.containers import files, gguf_names
+from pytest_quantcheck.containers import files, folders, gguf_names
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import ByteClass, Container, Origin, SideFile, Source, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Container, Origin, Source, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -149,21 +149,8 @@ def open_container(path: str) -> Container:
         return _open(path)
     present = files.listing(path)
     first = _find_model(path, present)
-    container = _open(os.path.join(path, first))
-    side = tuple(SideFile(name, "metadata", size) for name, size in present.items() if not name.endswith(".gguf"))
-    beside = sum(file.nbytes for file in side)
-    overhead = {**container.overhead, "metadata": container.overhead["metadata"] + beside}
-    return Container(
-        container.kind,
-        path,
-        container.tensors,
-        container.file_bytes + beside,
-        overhead,
-        findings=container.findings,
-        metadata=container.metadata,
-        origins=container.origins,
-        beside=side,
-    )
+    beside = {name: size for name, size in present.items() if not name.endswith(".gguf")}
+    return folders.with_beside(_open(os.path.join(path, first)), path, beside)
 
 
 def read_header(read: Read, size: int) -> Header:

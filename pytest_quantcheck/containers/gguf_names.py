@@ -35,6 +35,7 @@ _DECODER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "ffn_gate_exps": "mlp.experts.gate_proj",
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
@@ -148,9 +149,7 @@ def origin(name: str, shape: tuple[int, ...], values: Values) -> Origin | None:
     architecture = str(values.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         return None
-    layers, modules = ARCHITECTURES[architecture]
-    if architecture == "llama" and values.get("llama.expert_count"):
-        modules = {**modules, **_MIXTRAL}
+    layers, modules = modules_of(architecture, bool(values.get("llama.expert_count")))
     layer, module, last = _split(name)
     if module not in modules:
         return None
@@ -162,6 +161,12 @@ def origin(name: str, shape: tuple[int, ...], values: Values) -> Origin | None:
     shift = 1.0 if architecture in SHIFTED and module.endswith("norm") and last == "weight" else 0.0
     turned = module in TURNED.get(architecture, ()) and last == "weight"
     return Origin(full, transposed=turned, shift=shift)
+
+
+def modules_of(architecture: str, experts: bool) -> tuple[str, Mapping[str, str]]:
+    """Return the prefix of a layer and the names of the modules; `experts` says whether it is a mixture of them."""
+    layers, modules = ARCHITECTURES[architecture]
+    return layers, {**modules, **_MIXTRAL} if architecture == "llama" and experts else modules
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.containers import live_tensor
@@ -50,6 +51,16 @@ def open_module(module: Any, exposers: Mapping[str, Expose]) -> Container:
     configs = {"config.json": config.to_dict()} if config is not None and hasattr(config, "to_dict") else {}
     resident = sum(stored.nbytes for stored in walk.tensors.values())
     return Container("live", type(module).__name__, walk.tensors, resident, {}, configs, walk.aliases)
+
+
+def weights_of_modules(module: Any, exposers: Mapping[str, Expose]) -> Iterator[tuple[Any, Callable[[str], str]]]:
+    """Yield each module and what names its own tensors in the unquantized model, wrappers before what they wrap."""
+    walk = _Walk(exposers)
+    walk.visit(module, _Place(""))
+    for child in module.modules():
+        place = walk.modules.get(id(child))
+        if place is not None:
+            yield child, partial(_name, place=place)
 
 
 class _Walk:

@@ -34,7 +34,7 @@ class LiveTensor(NamedTuple):
 
         if self.tensor.is_meta:
             raise FormatError("a small tensor that decides a shape is on the meta device: it has no values")
-        flat = self.tensor.detach().contiguous().view(-1).view(torch.uint8)[start:stop]
+        flat = _flat(self.tensor).view(torch.uint8)[start:stop]
         return bytearray(flat.cpu().numpy().tobytes())
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -43,10 +43,16 @@ class LiveTensor(NamedTuple):
 
         if self.tensor.is_meta:
             raise FormatError("is on the meta device: it has a shape and no values", tensor=stored.name)
-        flat = self.tensor.detach().contiguous().view(-1)
+        flat = _flat(self.tensor)
         if OF_TORCH.get(str(flat.dtype)) != stored.dtype or stored.elements != flat.numel():
             flat = flat.view(torch.uint8)
         return flat[start:stop].to(device)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The values one after the other; of a single value torch keeps whatever stride it had, and then refuses a view."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.as_strided((flat.numel(),), (1,))
 
 
 class Record(NamedTuple):

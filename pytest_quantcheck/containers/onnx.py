@@ -12,24 +12,24 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_quantcheck.containers import files, onnx_graph, onnx_names, onnx_wire
+from pytest_quantcheck.containers import files, folders, onnx_graph, onnx_names, onnx_roles, onnx_wire
 from pytest_quantcheck.containers.live_tensor import Record
-from pytest_quantcheck.containers.onnx_graph import Encoded, Graphs, Use
+from pytest_quantcheck.containers.onnx_graph import Encoded, Graphs
 from pytest_quantcheck.containers.onnx_tensors import Constant, Data, folder_of
-from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import Container, Origin, Role, StoredTensor
+from pytest_quantcheck.tensor import Container, Origin, StoredTensor
 
 ENDING = ".onnx"
 RECORD = "onnx_node"
 FLOATS = ("F64", "F32", "F16", "BF16")
-INDEXES = ("I64", "I32", "U64", "U32", "BOOL")
-ANGLES = ("cos_cache", "sin_cache", "inv_freq")
+SHOWN = 8
+STALE = re.compile(r".*\.(onnx_data(_\d+)?|onnx\.data|onnx_weights)")
 
 
 def accepts(path: str) -> bool:
@@ -42,31 +42,40 @@ def accepts(path: str) -> bool:
 def open_container(path: str) -> Container:
     """Return the constants of an `.onnx` file with the data beside it, or of a folder with one model."""
     if not os.path.isdir(path):
-        return _opened(path)
+        return _opened(path)[0]
     present = files.listing(path)
     models = [name for name in present if name.endswith(ENDING)]
     if len(models) != 1:
-        raise FormatError(f"holds {len(models)} ONNX files ({', '.join(models[:3])} ...): name one", file=path)
-    return _opened(os.path.join(path, models[0]))
+        named = ", ".join(models[:SHOWN]) + (f" and {len(models) - SHOWN} more" if len(models) > SHOWN else "")
+        raise FormatError(f"holds {len(models)} ONNX models ({named}): name one", file=path)
+    container, data = _opened(os.path.join(path, models[0]))
+    used = {models[0], *(os.path.normpath(location) for location in data.locations)}
+    beside = {name: size for name, size in present.items() if name not in used}
+    return folders.with_beside(container, path, beside, [name for name in beside if _is_stale(name)])
 
 
-def _opened(path: str) -> Container:
+def _is_stale(name: str) -> bool:
+    """Whether a file holds weights and nothing else: those of this model are in its graph, or named by it."""
+    return STALE.fullmatch(name) is not None or folders.WEIGHTS.fullmatch(name) is not None
+
+
+def _opened(path: str) -> tuple[Container, Data]:
     try:
         return _open(files.open_file(path), path)
     except FormatError as error:
         raise error.at(file=path) from None
 
 
-def _open(file: files.File, path: str) -> Container:
+def _open(file: files.File, path: str) -> tuple[Container, Data]:
     data = Data(file, folder_of(path))
     graphs = onnx_graph.read_model(_parsed(file), data)
     stored, origins = _tensors(graphs)
     overhead = data.overhead()
-    findings = []
+    findings = [*data.checked()]
     if overhead["dead"]:
         what = f"{overhead['dead']:,} bytes of external data belong to no tensor"
         findings.append(Finding("dead-bytes", "warning", None, what))
-    return Container("onnx", path, stored, data.size, overhead, findings=tuple(findings), origins=origins)
+    return Container("onnx", path, stored, data.size, overhead, findings=tuple(findings), origins=origins), data
 
 
 def _parsed(file: files.File) -> Any:
@@ -96,7 +105,9 @@ def _tensors(graphs: Graphs) -> tuple[dict[str, StoredTensor], dict[str, Origin]
             _put(_encoded(encoded[name], weighed), stored)
         elif constant.stored is not None and name not in parts:
             uses = graphs.uses.get(name, [])
-            _put([constant.stored._replace(role=_role(constant, uses))], stored)
+            role = onnx_roles.role(constant, uses)
+            tied = role == "parameter" and constant.stored.role == "tied"
+            _put([constant.stored._replace(role="tied" if tied else role)], stored)
         if name in stored and stored[name].role != "buffer":
             first = next(iter(graphs.uses.get(name, [])), None)
             origins[name] = onnx_names.origin(name, len(constant.shape), first)
@@ -136,16 +147,18 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
     name = one.weight.name
     assert one.weight.stored is not None
     assert one.weight.type is not None
-    found = [one.weight.stored]
+    shared = all(constant.stored and constant.stored.role for constant in (one.weight, *one.parts.values()))
+    found = [one.weight.stored._replace(role="tied" if shared else None)]
     for part, constant in one.parts.items():
         if constant.stored is None:
             raise FormatError(f"its {part} are text", tensor=name)
-        tensor = constant.stored._replace(name=f"{name}.{part}")
+        tensor = constant.stored._replace(name=f"{name}.{part}", role=None)
         found.append(tensor._replace(nbytes=0) if constant.name in weighed else tensor)
         weighed.add(constant.name)
     record = {
         "operator": one.node.op_type,
         "node": one.node.name,
+        "input": one.at,
         "through": one.through,
         "type": one.weight.type.name,
         "shape": list(one.weight.shape),
@@ -159,35 +172,6 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
 
 def _described(constant: Constant) -> Mapping[str, object]:
     return {"type": constant.type.name if constant.type else None, "shape": list(constant.shape)}
-
-
-def _role(constant: Constant, uses: list[Use]) -> Role:
-    """What a constant is that no operator decodes."""
-    stored, last = constant.stored, constant.name.rpartition(".")[2]
-    assert stored is not None
-    assert constant.type is not None
-    foreign = next((use for use in uses if use.node.domain not in onnx_graph.DOMAINS), None)
-    if foreign is not None and len(constant.shape) > 1 and stored.dtype in ("I32", "U32", "I64", "U64"):
-        what = (
-            f"{constant.type.name} {list(constant.shape)} feeds {onnx_graph.shown(foreign.node)}: may hold packed codes"
-        )
-        raise UnknownEncoding(what, tensor=stored.name)
-    if not constant.shape or stored.dtype in INDEXES or last in ANGLES or stored.elements == 0:
-        return "buffer"
-    if uses and all(_is_buffer(use, stored) for use in uses):
-        return "buffer"
-    if stored.dtype in FLOATS or DTYPES[stored.dtype].kind == "complex":
-        return "parameter"
-    taker = onnx_graph.shown(uses[0].node) if uses else "no node"
-    raise UnknownEncoding(f"{constant.type.name} {list(constant.shape)} feeds {taker}: not decoded", tensor=stored.name)
-
-
-def _is_buffer(use: Use, stored: StoredTensor) -> bool:
-    """Statistics, angles, and the scale and zero point of activations."""
-    operator = use.node.op_type
-    if use.at in onnx_graph.BUFFERS.get(operator, ()):
-        return True
-    return stored.elements == 1 and use.at > 0 and (operator.startswith("Q") or operator in onnx_graph.OPERATORS)
 
 
 def _unambiguous(origins: Mapping[str, Origin], stored: Mapping[str, StoredTensor]) -> dict[str, Origin]:

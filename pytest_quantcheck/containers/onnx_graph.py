@@ -1,6 +1,7 @@
 """The constants of an ONNX graph, and what its operators do with them.
 
-Constants are initializers and the values of `Constant` nodes, in the main graph, in the graphs that are attributes of
+Constants are initializers, the values of `Constant` nodes, and what `ConstantOfShape` makes of a constant shape, in
+the main graph, in the graphs that are attributes of
 its nodes, and in functions. Those of inner graphs are named `<output of the node>/<attribute>/<name>`, those of
 functions `<domain>:<function>/<name>`.
 Source: onnx 1.23, onnx.proto, defs; onnxruntime 1.31, contrib_ops.
@@ -8,6 +9,7 @@ Source: onnx 1.23, onnx.proto, defs; onnxruntime 1.31, contrib_ops.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from pytest_quantcheck.containers.onnx_tensors import Constant, Data
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 
 CONSTANT_LIMIT = 200_000
+MAX_DIMENSIONS = 64
 
 
 class Slot(NamedTuple):
@@ -43,17 +46,17 @@ OPERATORS: dict[str, tuple[Slot, ...]] = {
     "QGemm": (_slot(3, 4, 5), _slot(6, 4, x_scale=1)),
     "QAttention": (_slot(1, 4, 7),),
     "QEmbedLayerNormalization": tuple(_slot(at, at + 6, at + 11) for at in range(2, 7)),
+    "DynamicQuantizeLSTM": (_slot(1, 8, 9), _slot(2, 10, 11)),
+    "GemmFloat8": (_slot(1, 4),),
+    "MatMulBlockQuantizedFp8Weight": (_slot(1, 2),),
     "MatMulBnb4": (_slot(1, absmax=2),),
+    "MatMulFpQ4": (_slot(1, shape=2),),
+    "MatMulNBitsMlp": (_slot(3, 4), _slot(6, 7)),
+    "MatMulNBitsQkv": (_slot(3, 4), _slot(6, 7), _slot(9, 10)),
+    "QMoE": (_slot(2, 3, 11, global_scale=15), _slot(5, 6, 12, global_scale=16), _slot(8, 9, 13)),
 }  # fmt: skip
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 WITHOUT_SCALE = ("MatMulInteger", "ConvInteger")
-
-# What an operator takes that no optimizer sees: statistics and tables of angles, by input.
-BUFFERS = {
-    "BatchNormalization": (3, 4),
-    "RotaryEmbedding": (1, 2, 3),
-    "GroupQueryAttention": (5, 6, 7, 8),
-}
 
 
 class Use(NamedTuple):
@@ -65,11 +68,12 @@ class Use(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An encoded weight, its other parts by name, and the node that takes them."""
+    """An encoded weight, its other parts by name, and the node that takes them, the weight as input `at`."""
 
     weight: Constant
     parts: Mapping[str, Constant]
     node: Any
+    at: int
     scope: Scope
     through: str | None = None  # the operator between the weight and the node
 
@@ -136,6 +140,9 @@ def _read_nodes(nodes: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
         if node.op_type == "Constant" and node.domain in DOMAINS[:2]:
             _read_constant(node, scope, graphs, data)
             continue
+        if node.op_type == "ConstantOfShape" and node.domain in DOMAINS[:2] and _input(node, 0, scope):
+            _read_filled(node, scope, graphs, data)
+            continue
         for output in node.output:
             scope.producers[output] = node
         for name in node.input:
@@ -154,6 +161,13 @@ def _read_attribute(attribute: Any, node: Any, scope: Scope, graphs: Graphs, dat
     """Inner graphs; a tensor that is an attribute of anything but `Constant` is one value to fill with."""
     if node.op_type == "Constant" and node.domain in DOMAINS[:2]:
         return
+    if (
+        node.op_type == "ConstantOfShape"
+        and attribute.name == "value"
+        and node.output
+        and node.output[0] in scope.constants
+    ):
+        return
     inner = [attribute.g] if attribute.HasField("g") else []
     for number, graph in enumerate((*inner, *attribute.graphs)):
         where = node.output[0] if node.output else node.name
@@ -169,14 +183,40 @@ def _read_attribute(attribute: Any, node: Any, scope: Scope, graphs: Graphs, dat
 
 
 def _read_constant(node: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
-    """A list or number in the attribute itself stands in the graph's own bytes: only tensors are values of the file."""
+    name = node.output[0] if node.output else ""
+    place = scope.prefix + name
     for attribute in node.attribute:
-        if attribute.name == "value" and attribute.HasField("t"):
-            name = node.output[0] if node.output else ""
-            _add(data.constant(attribute.t, scope.prefix + name), name, scope, graphs)
-        elif not attribute.name.startswith(("value_float", "value_int", "value_string")):
-            what = f"is a Constant with `{attribute.name}`, which is not read"
-            raise UnknownEncoding(what, tensor=scope.prefix + (node.output[0] if node.output else node.name))
+        kind = attribute.name
+        if kind == "value" and attribute.HasField("t"):
+            constant = data.constant(attribute.t, place)
+        elif kind in ("value_float", "value_floats"):
+            values = attribute.floats if kind.endswith("s") else [attribute.f]
+            constant = data.numbers(place, values, whole=False, scalar=not kind.endswith("s"))
+        elif kind in ("value_int", "value_ints"):
+            values = attribute.ints if kind.endswith("s") else [attribute.i]
+            constant = data.numbers(place, values, whole=True, scalar=not kind.endswith("s"))
+        elif kind in ("value_string", "value_strings"):
+            constant = Constant(place, None, (), None)
+        else:
+            raise UnknownEncoding(f"is a Constant with `{kind}`, which is not read", tensor=place or node.name)
+        _add(constant, name, scope, graphs)
+
+
+def _read_filled(node: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
+    """A tensor of a constant shape, filled with the value of the attribute: it has values and no bytes."""
+    name = node.output[0] if node.output else ""
+    place, shape = scope.prefix + name, _input(node, 0, scope)
+    if shape is None or shape.type is None or shape.type.dtype != "I64" or shape.stored is None:
+        raise FormatError("is filled to a shape that is not INT64", tensor=place)
+    if shape.stored.elements > MAX_DIMENSIONS:
+        raise FormatError(f"has {shape.stored.elements:,} dimensions (limit {MAX_DIMENSIONS})", tensor=place)
+    count = shape.stored.elements
+    raw = shape.stored.source.read(shape.stored.offset, shape.stored.offset + 8 * count)
+    tensors = [attribute.t for attribute in node.attribute if attribute.name == "value" and attribute.HasField("t")]
+    value = data.constant(tensors[0], f"{place}.value") if tensors else None
+    if value is not None:
+        _add(value, value.name, scope, graphs)
+    _add(data.filled(place, struct.unpack(f"<{count}q", raw), value), name, scope, graphs)
 
 
 def _encoded(node: Any, scope: Scope) -> Iterator[Encoded]:
@@ -199,7 +239,7 @@ def _encoded(node: Any, scope: Scope) -> Iterator[Encoded]:
                 raise UnknownEncoding(f"{_shown(node)} takes {part} that are computed", tensor=weight.name)
         if node.op_type in WITHOUT_SCALE:
             parts |= _scale_behind(node, scope, weight)
-        yield Encoded(weight, parts, node, scope, through)
+        yield Encoded(weight, parts, node, slot.weight, scope, through)
 
 
 def _input(node: Any, index: int, scope: Scope) -> Constant | None:

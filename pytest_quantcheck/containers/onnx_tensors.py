@@ -3,15 +3,21 @@
     raw_data                              the values, little-endian; 4 and 2 bits packed, the first in the low bits
     float_data, double_data               the same
     int32_data, int64_data, uint64_data   one varint for each value (for each packed byte): 10 bytes for a negative one
-    external_data                         location beneath the folder, offset, length
+    external_data                         location beneath the folder, offset, length, checksum (SHA-1 of the file)
+
+Tensors of one type and shape that name the same bytes beside the graph are one: tied, the second weighs nothing. Bytes
+that are shared in part are refused. So is a file beside the graph that has a name outside of the folder as well (a hard
+link): nobody can tell where it belongs. Its checksum is verified up to 256 MiB, and noted above.
 
 Source: onnx 1.23, onnx.proto.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +25,7 @@ from pytest_quantcheck.containers import files
 from pytest_quantcheck.containers.onnx_wire import PLACE, VALUES
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.finding import Finding
 from pytest_quantcheck.tensor import ByteClass, StoredTensor
 
 if TYPE_CHECKING:
@@ -69,6 +76,8 @@ TYPES = {
 ALIGNMENT = 64 << 10
 
 
+CHECKSUM_LIMIT = 256 << 20
+FILLED_LIMIT = 1 << 34
 PIECE = 1 << 16
 CONTINUED = bytes(range(128, 256))  # the bytes of a varint that are not its last
 
@@ -125,6 +134,23 @@ class Varints(NamedTuple):
         return files.load(self, stored, start, stop, device)
 
 
+class Repeated(NamedTuple):
+    """A `Source` over numbers that a node has as an attribute, again and again where it fills a shape with them."""
+
+    content: bytes
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Return bytes of the numbers."""
+        width = len(self.content)
+        first = start // width
+        whole = self.content * (-(-stop // width) - first)
+        return bytearray(whole[start - first * width : stop - first * width])
+
+    def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+        """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
+        return files.load(self, stored, start, stop, device)
+
+
 class Data:
     """The files that hold the values of one model: the graph's own, and those beside it by their real path."""
 
@@ -133,6 +159,10 @@ class Data:
         self.folder = folder
         self.beside: dict[str, files.File] = {}
         self.used: dict[str, list[tuple[int, int, str]]] = {}  # real path -> start, stop, tensor
+        self.placed: dict[tuple[object, ...], str] = {}  # place, type and shape of what lies beside -> tensor
+        self.locations: dict[str, str] = {}  # name beneath the folder -> real path
+        self.checksums: dict[str, str] = {}  # real path -> SHA-1 that is said of it
+        self.inline = 0  # bytes of numbers that are attributes
 
     def constant(self, tensor: Any, name: str) -> Constant:
         """Return a `TensorProto` of the skeleton as a constant; raises `FormatError` where it contradicts itself."""
@@ -157,7 +187,7 @@ class Data:
         if tensor.data_location == EXTERNAL:
             if tensor.raw_data:
                 raise FormatError("has its values in the graph and beside it", tensor=name)
-            return self._external(tensor, stored)
+            return self._shared(self._external(tensor, stored), tensor)
         if tensor.external_data:
             raise FormatError("names external data and says that its values are in the graph", tensor=name)
         number, start, stop = PLACE.unpack(tensor.raw_data) if tensor.raw_data else (9, 0, 0)
@@ -179,25 +209,77 @@ class Data:
             raise FormatError(what, tensor=stored.name)
         return stored
 
+    def numbers(self, name: str, values: Sequence[float], *, whole: bool, scalar: bool) -> Constant:
+        """Return numbers that are an attribute of a `Constant` node."""
+        kind = TYPES[7 if whole else 1]
+        content = struct.pack(f"<{len(values)}{'q' if whole else 'f'}", *values)
+        written = sum(_varint_bytes(int(value)) for value in values) if whole else len(content)
+        self.inline += written
+        shape = () if scalar else (len(values),)
+        return Constant(name, kind, shape, StoredTensor(name, kind.dtype, shape, written, Repeated(content)))
+
+    def filled(self, name: str, shape: tuple[int, ...], value: Constant | None) -> Constant:
+        """Return a tensor of that shape that a graph fills with one value (0 in 32 bit without one)."""
+        kind, raw = TYPES[1], bytes(4)
+        if value is not None:
+            kind, raw = _single(value)
+        if min(shape, default=0) < 0 or prod(shape) > FILLED_LIMIT:
+            raise FormatError(f"is filled to the shape {list(shape)} (limit {FILLED_LIMIT:,} values)", tensor=name)
+        return Constant(name, kind, shape, StoredTensor(name, kind.dtype, shape, 0, Repeated(raw)))
+
     def _external(self, tensor: Any, stored: StoredTensor) -> StoredTensor:
         pairs = [(entry.key, entry.value) for entry in tensor.external_data]
         entries = dict(pairs)
         if len(entries) != len(pairs) or not entries.get("location"):
             raise FormatError("external data without a location, or with a key twice", tensor=stored.name)
         offset, length = (_number(entries, key, stored) for key in ("offset", "length"))
-        try:
-            file = files.open_beneath(self.folder, entries["location"])
-        except FormatError as error:
-            raise error.at(tensor=stored.name) from None
+        file = self._beside(entries, stored.name)
         start = offset or 0
         if length is not None and length != stored.nbytes:
             raise FormatError(f"needs {stored.nbytes:,} bytes, its external data has {length:,}", tensor=stored.name)
         if start + stored.nbytes > file.size or file.path == self.file.path:
             where = f"bytes {start:,} to {start + stored.nbytes:,} of `{entries['location']}`, which has {file.size:,}"
             raise FormatError(f"is said to be in {where}", tensor=stored.name)
-        self.beside.setdefault(file.path, file)
-        self.used.setdefault(file.path, []).append((start, start + stored.nbytes, stored.name))
         return stored._replace(source=file, offset=start)
+
+    def _beside(self, entries: Mapping[str, str], name: str) -> files.File:
+        """The file that a tensor names."""
+        location = entries["location"]
+        if location not in self.locations:
+            try:
+                file = files.open_beneath(self.folder, location)
+            except FormatError as error:
+                raise error.at(tensor=name) from None
+            if files.links_elsewhere(file, self.folder) > 0:
+                what = f"`{location}` has another name outside its folder (hard links are not read)"
+                raise FormatError(what, tensor=name)
+            self.locations[location] = file.path
+            self.beside.setdefault(file.path, file)
+        file = self.beside[self.locations[location]]
+        checksum = entries.get("checksum", "")
+        if checksum and self.checksums.setdefault(file.path, checksum.lower()) != checksum.lower():
+            raise FormatError(f"says another checksum of `{location}` than tensors before it", tensor=name)
+        return file
+
+    def _shared(self, stored: StoredTensor, tensor: Any) -> StoredTensor:
+        """The tensor; a second one at the same place is tied to the first."""
+        assert isinstance(stored.source, files.File)
+        path, stop = stored.source.path, stored.offset + stored.nbytes
+        place = (path, stored.offset, stop, tensor.data_type, tuple(tensor.dims))
+        if stored.nbytes and self.placed.setdefault(place, stored.name) != stored.name:
+            return stored._replace(nbytes=0, role="tied")
+        self.used.setdefault(path, []).append((stored.offset, stop, stored.name))
+        return stored
+
+    def checked(self) -> Iterator[Finding]:
+        """Yield what there is to say about checksums; one that is wrong is a `FormatError`."""
+        for path, checksum in self.checksums.items():
+            file, name = self.beside[path], os.path.basename(path)
+            if file.size > CHECKSUM_LIMIT:
+                what = f"the checksum of `{name}` was not verified: {file.size:,} bytes (limit {CHECKSUM_LIMIT:,})"
+                yield Finding("external-checksum", "note", None, what)
+            elif (found := _sha1(file)) != checksum:
+                raise FormatError(f"`{name}` has the SHA-1 {found}, the graph says `{checksum}`")
 
     @property
     def size(self) -> int:
@@ -207,10 +289,11 @@ class Data:
     def overhead(self) -> Mapping[ByteClass, int]:
         """Return the bytes that no tensor has, by class; tensors that overlap are a `FormatError`."""
         inside = sum(stop - start for start, stop, _ in self.used.get(self.file.path, ()))
-        found: dict[ByteClass, int] = {"metadata": self.file.size - inside, "padding": 0, "dead": 0}
+        metadata = self.file.size - inside - self.inline
+        found: dict[ByteClass, int] = {"metadata": metadata, "padding": 0, "dead": 0}
         for path, file in self.beside.items():
             at, before = 0, ""
-            for start, stop, name in sorted(self.used[path]):
+            for start, stop, name in sorted(self.used.get(path, ())):
                 if start < at and stop > start:
                     raise FormatError(f"shares bytes of its external data with `{before}` (no overlaps)", tensor=name)
                 found["padding" if start - at < ALIGNMENT else "dead"] += max(0, start - at)
@@ -229,6 +312,26 @@ def _varints(file: files.File, start: int, stop: int) -> int:
     if last > 127:
         raise FormatError(f"ends within a number, at byte {stop:,}")
     return count
+
+
+def _single(value: Constant) -> tuple[Type, bytes]:
+    """The type and the bytes of a constant of one number."""
+    kind, stored = value.type, value.stored
+    if kind is None or stored is None or stored.elements != 1 or kind.bits % 8:
+        raise FormatError(f"{kind.name if kind else 'STRING'} {list(value.shape)} is not one number", tensor=value.name)
+    return kind, bytes(stored.source.read(stored.offset, stored.offset + kind.bits // 8))
+
+
+def _varint_bytes(value: int) -> int:
+    """The bytes of an int64 as a varint."""
+    return 10 if value < 0 else max(1, -(-value.bit_length() // 7))
+
+
+def _sha1(file: files.File) -> str:
+    digest = hashlib.sha1(usedforsecurity=False)
+    for at in range(0, file.size, 1 << 20):
+        digest.update(file.read(at, min(at + (1 << 20), file.size)))
+    return digest.hexdigest()
 
 
 def _number(entries: Mapping[str, str], key: str, stored: StoredTensor) -> int | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pytest_quantcheck.artifact import Artifact
+from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.metrics import Shard
+from pytest_quantcheck.checks.predict import Predicted, Prediction, bytes_by_class, kept
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
@@ -22,7 +24,13 @@ SCHEMA = 1
 
 def render(run: Run) -> str:
     """Return what `quantcheck check --json` prints."""
-    return json.dumps(run, allow_nan=False) + "\n"
+    return dumps(run) + "\n"
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """Return a document as one line: names as they are, but written so that no CI log takes one for a command."""
+    # At once: `json.dump` goes through Python for every value.
+    return json.dumps(document, allow_nan=False).replace("##", "#\\u0023")
 
 
 def of_artifact(artifact: Artifact) -> dict[str, Any]:
@@ -72,6 +80,7 @@ def of_explanation(explanation: Explanation, root: Node) -> dict[str, Any]:
         "expected_bytes": explanation.expected_bytes,
         "code_bytes": explanation.code_bytes,
         "reasons": [_reason(reason) for reason in explanation.reasons],
+        "cost": _cost(explanation.cost),
         "tree": _node(root),
     }
 
@@ -91,6 +100,44 @@ def of_difference(difference: Difference, limit: int) -> dict[str, Any]:
         "unchanged": difference.unchanged,
         "tensors": [change._asdict() | {"growth": change.growth} for change in difference.tensors[:limit]],
         "rest": {"tensors": len(rest), "growth": sum(change.growth for change in rest)},
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "downloads": [
+            {"megabits_per_second": link.megabits, "seconds": round(link.seconds, 3)} for link in cost.downloads
+        ],
+        "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
+        "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
+    }
+
+
+def of_prediction(prediction: Prediction) -> dict[str, Any]:
+    """Return what `quantcheck predict --json` prints."""
+    return {
+        "schema": SCHEMA,
+        "source": prediction.source,
+        "logical_params": prediction.logical_params,
+        "dtype": prediction.dtype,
+        "recipes": [_predicted(row) for row in prediction.predicted],
+        "fits": [fit._asdict() for fit in prediction.fits],
+    }
+
+
+def _predicted(row: Predicted) -> dict[str, Any]:
+    artifact = row.artifact
+    bits = artifact.bits_per_weight if artifact else None
+    return {
+        "recipe": row.recipe,
+        "made_by": row.title,
+        "container": artifact and artifact.container,
+        "tensor_bytes": artifact and artifact.file_bytes,
+        "less_at_most": row.less,
+        "bytes": artifact and bytes_by_class(artifact),
+        "bits_per_weight": bits and {"quantized": _rounded(bits.quantized), "model": _rounded(bits.model)},
+        "unquantized": [left._asdict() for left in kept(artifact)] if artifact else [],
+        "refused": row.refused,
     }
 
 

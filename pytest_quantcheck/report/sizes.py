@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
+from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, TensorChange, Total
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Kind, Reason
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.quantities import counted, format_binary_size, format_count, format_size, format_sizes
+from pytest_quantcheck.report import durations
 from pytest_quantcheck.report.terminal import open_console
 
 INDENT = " " * 34
@@ -44,30 +46,32 @@ WHAT: dict[Kind, str] = {
     "dead": "bytes that no tensor uses",
 }
 _MANY = {"embedding": "unquantized embeddings", "head": "unquantized output heads"}
+_PLAIN: tuple[Kind, ...] = ("embedding", "head", "matrices", "vectors", "adapters")
 _FILES: tuple[Kind, ...] = ("tokenizer", "files", "stale_files")
 
 Line = tuple[str, str]  # text and style
 
 
 def print_explanation(explanation: Explanation, root: Node) -> None:
-    """Print the size that was expected, the reasons for the one it has, and the tree."""
-    _print(_headline(explanation))
-    _print([("", ""), (f"{'share':>6}  {'bytes':>10}{'':>13}  reason", "bold")])
+    """Print the size that was expected, the reasons for the one it has, what it costs to use, and the tree."""
+    print_lines(_headline(explanation))
+    print_lines([("", ""), (f"{'share':>6}  {'bytes':>10}{'':>13}  reason", "bold")])
     for reason in explanation.reasons:
-        _print(_reason_lines(reason, explanation))
+        print_lines(_reason_lines(reason, explanation))
+    print_lines([("", ""), *_cost_lines(explanation.cost)])
     if root.children:
-        _print([("", ""), *_tree_lines(root)])
+        print_lines([("", ""), *_tree_lines(root)])
 
 
 def print_difference(difference: Difference, limit: int) -> None:
     """Print the totals, the classes and at most `limit` tensors, the rest summed."""
     size, params = difference.file_bytes, difference.logical_params
-    _print([(printable(f"{difference.old_source} -> {difference.new_source}"), "bold")])
-    _print([(f"bytes       {format_sizes(size.old)} -> {format_sizes(size.new)}, {_grown(size)}", "")])
+    print_lines([(printable(f"{difference.old_source} -> {difference.new_source}"), "bold")])
+    print_lines([(f"bytes       {format_sizes(size.old)} -> {format_sizes(size.new)}, {_grown(size)}", "")])
     same = ", the same" if params.old == params.new else f" -> {format_count(params.new)}, {params.growth:+,}"
-    _print([(f"parameters  {format_count(params.old)}{same}", "")])
-    _print([("", ""), *_class_lines(difference)])
-    _print([("", ""), *_change_lines(difference, limit)])
+    print_lines([(f"parameters  {format_count(params.old)}{same}", "")])
+    print_lines([("", ""), *_class_lines(difference)])
+    print_lines([("", ""), *_change_lines(difference, limit)])
 
 
 def _headline(explanation: Explanation) -> Iterator[Line]:
@@ -90,23 +94,22 @@ def _headline(explanation: Explanation) -> Iterator[Line]:
 
 
 def _reason_lines(reason: Reason, explanation: Explanation) -> Iterator[Line]:
-    yield f"{reason.share:6.1%}  {_columns(reason.bytes)}  {_what(reason, explanation)}", ""
+    bits = None if explanation.bits is None else float(explanation.bits)
+    words = what(reason.kind, reason.holders, reason.dtypes, bits)
+    yield f"{reason.share:6.1%}  {columns(reason.bytes)}  {words}", ""
     yield from ((f"{INDENT}{name}", "dim") for name in _whose(reason))
     for saving in reason.savings:
         yield f"{INDENT}saves up to {format_sizes(saving.bytes)}:", "green"
         yield f"{INDENT}  {saving.how}", "green"
 
 
-def _what(reason: Reason, explanation: Explanation) -> str:
-    bits = f"{float(explanation.bits):.4g}" if explanation.bits is not None else ""
-    if reason.kind == "codes":
-        return f"codes of {bits} bits, {counted(reason.holders, 'tensor')}"
-    what = _MANY.get(reason.kind, WHAT[reason.kind]) if reason.holders > 1 else WHAT[reason.kind].format(bits=bits)
-    return f"{what.format(bits=bits)}{', ' + '/'.join(reason.dtypes) if _is_plain(reason) else ''}"
-
-
-def _is_plain(reason: Reason) -> bool:
-    return reason.kind in ("embedding", "head", "matrices", "vectors", "adapters") and bool(reason.dtypes)
+def what(kind: Kind, holders: int, dtypes: Sequence[str], bits: float | None) -> str:
+    """Return a reason in words; `bits` are those of the codes."""
+    width = "" if bits is None else f"{bits:.4g}"
+    if kind == "codes":
+        return f"codes of {width} bits, {counted(holders, 'tensor')}"
+    words = (_MANY.get(kind, WHAT[kind]) if holders > 1 else WHAT[kind]).format(bits=width)
+    return f"{words}, {'/'.join(dtypes)}" if kind in _PLAIN and dtypes else words
 
 
 def _whose(reason: Reason) -> Iterator[str]:
@@ -122,6 +125,23 @@ def _whose(reason: Reason) -> Iterator[str]:
     yield counted(reason.holders, "file" if reason.kind in _FILES else "tensor")
 
 
+def _cost_lines(cost: Cost) -> Iterator[Line]:
+    if cost.downloads:
+        times = [f"{durations.duration(link.seconds)} at {durations.speed(link.megabits)}" for link in cost.downloads]
+        yield f"download    {', '.join(times[:2])},", ""
+        yield f"            {', '.join(times[2:])}: the link alone", ""
+    yield f"load        {format_sizes(cost.load)} at least: weights as stored", ""
+    if cost.largest_decoded:
+        yield f"            and the largest quantized matrix in 16 bit, {format_sizes(cost.largest_decoded)};", ""
+    yield "            not in it: KV cache, activations, the context of the device", ""
+    smallest = next((fit for fit in cost.gpus if fit.fits), None)
+    if smallest is None:
+        largest = cost.gpus[-1]
+        yield f"fits        no single GPU: {largest.gpu} lacks {format_binary_size(-largest.left)}", ""
+        return
+    yield f"fits        {smallest.gpu} and larger: {format_binary_size(smallest.left)} left there", ""
+
+
 def _tree_lines(root: Node) -> Iterator[Line]:
     yield f"{'share':>6}  {'bytes':>10}{'':>13}  where", "bold"
     yield from _branch_lines(root, root.bytes or 1, 0)
@@ -131,7 +151,7 @@ def _branch_lines(node: Node, whole: int, level: int) -> Iterator[Line]:
     for child in node.children:
         count = f" x {child.number:,}" if child.number > 1 and " to " not in child.name else ""
         name = printable(f"{'  ' * level}{child.name}{count}")
-        yield f"{child.bytes / whole:6.1%}  {_columns(child.bytes)}  {name}", "" if child.children else "dim"
+        yield f"{child.bytes / whole:6.1%}  {columns(child.bytes)}  {name}", "" if child.children else "dim"
         yield from _branch_lines(child, whole, level + 1)
 
 
@@ -167,7 +187,8 @@ def _growth(size: int) -> str:
     return f"{sign + format_size(size):>12}  {sign + format_binary_size(size):>11}"
 
 
-def _columns(size: int) -> str:
+def columns(size: int) -> str:
+    """Return bytes in both units, aligned."""
     return f"{format_size(size):>10}  {format_binary_size(size):>11}"
 
 
@@ -180,7 +201,8 @@ def _signed(size: int) -> str:
     return f"{'+' if size > 0 else ''}{format_size(size)}"
 
 
-def _print(lines: Iterator[Line] | list[Line]) -> None:
+def print_lines(lines: Iterable[Line]) -> None:
+    """Print lines, styled where the output is a terminal."""
     terminal = open_console()
     for text, style in lines:
         if terminal is None:

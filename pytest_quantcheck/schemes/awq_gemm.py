@@ -18,12 +18,12 @@ unquantized model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rounding
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -75,6 +75,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
             margin_db=rounding.COMPENSATED_DB,
         ),
     )
+
+
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield the other order of codes: AWQ's interleaving done where it should not be, or not done."""
+    layout = tensor.layout
+    if not isinstance(layout, Layout) or layout.interleaved is None or layout.repacked_for:
+        return
+    if layout.bits != 4 and tensor.shape[0] % 32:
+        return
+    words = "codes in sequence" if layout.interleaved else "codes interleaved by eight"
+    advice = f"the packer did {'not ' if layout.interleaved else ''}use AWQ's order"
+    other = tensor._replace(layout=layout._replace(interleaved=not layout.interleaved))
+    yield Reading("awq-order", words, other, advice)
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
@@ -191,6 +204,7 @@ SCHEME = Scheme(
     methods=METHODS,
     live={":qweight": buffer_linear.expose},
     refuse=refuse,
+    alternatives=alternatives,
     source="AutoAWQ 0.2.9, awq/utils/packing_utils.py; GPTQModel 7.6.0, quantization/awq/utils/packing_utils.py",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",
 )

@@ -25,15 +25,15 @@ its quant_state (FSDP, `.data` copies) is counted from its module and not decoda
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing, rounding, steps
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes import packing, rewritten, rounding, steps
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
@@ -129,6 +129,25 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
     if not stored.name.endswith(".weight") or len(stored.shape) != 2 or stored.shape[1] != 1 or stored.shape[0] == 1:
         return None
     return f"{stored.dtype} {list(stored.shape)} is packed 4-bit, but has no `{stored.name}.{STATE}nf4` or `fp4`"
+
+
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield what is mistaken in 4-bit weights: the table, the size of blocks, the mean of nested statistics."""
+    layout = tensor.layout
+    if not isinstance(layout, Layout):
+        return
+    for kind, (values, _) in TABLES.items():
+        other = rewritten.table(tensor, "quant_map", values)
+        advice = f"the codes are {kind}: `quant_type` or `quant_map` is wrong"
+        yield Reading("table", f"the table of {kind}", other, advice)
+    for blocksize in () if layout.packed_for_cpu else (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if blocksize > layout.blocksize and -(-tensor.params // blocksize) < tensor.part("absmax").elements:
+            other = tensor._replace(layout=layout._replace(blocksize=blocksize))
+            yield Reading("block-size", f"blocks of {blocksize}", other, f"`blocksize` should be {blocksize}")
+    if tensor.has("nested_absmax"):
+        shifted = tensor._replace(layout=layout._replace(nested_offset=layout.nested_offset + 1))
+        words = "a number fitted to `nested_offset`"
+        yield Reading("nested-offset", words, shifted, "`nested_offset` was lost or is another's", along=True)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -361,6 +380,7 @@ SCHEME = Scheme(
         "torch.ParametrizationList": expose_parametrization,
     },
     refuse=refuse,
+    alternatives=alternatives,
     source="bitsandbytes 0.50.2, functional.py, nn/modules.py and nn/parametrize.py",
     verified="bitsandbytes 0.50.2",
 )

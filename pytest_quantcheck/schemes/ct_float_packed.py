@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import config_groups, packing
+from pytest_quantcheck.schemes import config_groups, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -53,6 +53,11 @@ LAYOUTS = {
     (16, True): ("ct-mxfp4", Layout(4, 32), 17.0),
     (24, True): ("ct-mxfp6", Layout(6, 32), None),
 }
+ROUNDED = {
+    "ct-nvfp4": rounding.codebook(packing.E2M1, scale="e4m3-scaled"),
+    "ct-mxfp4": rounding.codebook(packing.E2M1, scale="even"),
+    "ct-mxfp6": rounding.codebook(packing.small_float_table(2, 3), scale="even"),
+}
 
 
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
@@ -78,6 +83,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group,
         floor_db=floor,
+        rounding=rounding.grouped(ROUNDED[variant], layout.group, margin_db=rounding.COMPENSATED_DB),
     )
 
 

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import config_groups, packing
+from pytest_quantcheck.schemes import config_groups, packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,8 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         floor_db=_floor_db(scheme, namespace),
     )
     _check_parts(tensor)
-    return tensor
+    bits = next(iter(_bits(namespace)), 8)
+    return tensor._replace(rounding=_rounding(tensor, layout, bits))
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
@@ -198,15 +199,36 @@ def _check_parts(tensor: LogicalTensor) -> None:
         raise FormatError(f"{list(index.shape)} {rule}", tensor=index.name)
 
 
+def _rounding(tensor: LogicalTensor, layout: Layout, bits: int) -> Rounding | None:
+    """Integers may have been calibrated."""
+    scale = tensor.part("weight_scale")
+    if tensor.stored.dtype in FP8:
+        kind = rounding.float_of(tensor.stored)
+        powers = scale.dtype in EXPONENTS
+        kept = "even" if powers else rounding.kept_in(scale)
+        height = layout.grid.height if layout.grid else 1
+        gaps = steps.floats(kind, clips=powers)
+        return rounding.placed_floats(kind, tensor.shape, height, layout.width, scale=kept, steps=gaps)
+    if layout.grid is None or not 1 < bits <= 8:
+        return None
+    family = rounding.affine if tensor.has("weight_zero_point") else rounding.symmetric
+    to_code = family(bits, scale=rounding.kept_in(scale))
+    return rounding.placed(to_code, tensor.shape, layout.grid.height, layout.width, margin_db=rounding.COMPENSATED_DB)
+
+
 def _floor_db(scheme: str, namespace: Namespace) -> float | None:
     """The floor of eight bits; integers of fewer bits are stored in bytes, too, and have none here."""
+    return FLOORS_DB[scheme] if _bits(namespace) <= {8} else None
+
+
+def _bits(namespace: Namespace) -> set[Any]:
+    """The widths that the groups of the configuration name."""
     groups = namespace.quantization.get("config_groups")
-    bits = [
+    return {
         group["weights"].get("num_bits")
         for group in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    ]
-    return FLOORS_DB[scheme] if all(bit == 8 for bit in bits) else None
+    }
 
 
 SCHEME = Scheme(

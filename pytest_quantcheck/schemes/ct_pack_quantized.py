@@ -27,9 +27,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import config_groups, packing
+from pytest_quantcheck.schemes import config_groups, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,15 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         floor_db=floors[0 if layout.symmetric else 1] if floors else None,
     )
     _check_parts(tensor, layout)
-    return tensor
+    return tensor._replace(rounding=_rounding(layout, scale))
+
+
+def _rounding(layout: Layout, scale: StoredTensor) -> Rounding | None:
+    if layout.bits < 2:
+        return None
+    family = rounding.symmetric if layout.symmetric else rounding.affine
+    to_code = family(layout.bits, scale=rounding.kept_in(scale))
+    return rounding.grouped(to_code, layout.group, margin_db=rounding.COMPENSATED_DB)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

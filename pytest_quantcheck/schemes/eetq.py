@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.schemes import rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -47,8 +48,17 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     rows, columns = weight.shape[1], weight.shape[0]
     if weight.dtype != "I8":  # live, on its way to being quantized while it loads
         return LogicalTensor(name, (rows, columns), "plain", "parameter", parts, None)
+    expected = rounding.grouped(rounding.symmetric(8, scale="float16"), columns, steps=steps.even(8))
     return LogicalTensor(
-        name, (rows, columns), "eetq-int8", "parameter", parts, decode, block=columns, floor_db=FLOOR_DB
+        name,
+        (rows, columns),
+        "eetq-int8",
+        "parameter",
+        parts,
+        decode,
+        block=columns,
+        floor_db=FLOOR_DB,
+        rounding=expected,
     )
 
 

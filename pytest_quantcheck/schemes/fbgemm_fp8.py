@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -61,8 +61,23 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         parts.append(Part("mark", "bookkeeping", mark))
     decoder = decode if last == "weight_scale" else decode_experts
     return LogicalTensor(
-        name, weight.shape, "fbgemm-fp8", "parameter", tuple(parts), decoder, block=weight.shape[-1], floor_db=FLOOR_DB
+        name,
+        weight.shape,
+        "fbgemm-fp8",
+        "parameter",
+        tuple(parts),
+        decoder,
+        block=weight.shape[-1],
+        floor_db=FLOOR_DB,
+        rounding=rounding.placed_floats(
+            "float8_e4m3fn", weight.shape, *_block(weight, last), steps=steps.floats("float8_e4m3fn")
+        ),
     )
+
+
+def _block(weight: StoredTensor, last: str) -> tuple[int, int]:
+    """The rows and columns of one output: the experts of `gate_up_proj` have them last."""
+    return (weight.shape[-2], 1) if last == "gate_up_proj_scale" else (1, weight.shape[-1])
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -45,6 +45,14 @@ BLOCKS = {"nvfp4": 16, "if4": 16, "nvint4": 16, "mxfp4": 32}
 MOST = {"nvfp4": 6.0, "if4": 6.0, "nvint4": 7.0}
 STATIC = ("static_6", "static_4")
 FLOORS_DB = {"nvfp4": 19.0, "mxfp4": 17.0}
+# With the largest code at 6; the rules that also try 4 do no worse.
+_STEPS = steps.levels(packing.E2M1, 1.0, 0x22, clips=True)
+ROUNDING = {
+    "nvfp4": rounding.grouped(rounding.codebook(packing.E2M1, scale="e4m3-scaled"), 16, steps=_STEPS),
+    "mxfp4": rounding.grouped(rounding.codebook(packing.E2M1, scale="floor"), 32, steps=_STEPS),
+    "nvint4": rounding.grouped(rounding.symmetric(4, reach=7, scale="e4m3-scaled"), 16),
+    "if4": rounding.grouped(rounding.codebook(packing.E2M1, scale="e4m3-scaled"), 16),
+}
 
 
 class Layout(NamedTuple):
@@ -87,6 +95,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Layout(dtype, sizes[3], sizes[5] == 1, divisor * top),
         block=BLOCKS.get(dtype),
         floor_db=FLOORS_DB.get(dtype),
+        rounding=ROUNDING.get(dtype),
     )
 
 

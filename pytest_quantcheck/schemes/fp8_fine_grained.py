@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.block[1] if layout.block else None,
         floor_db=FLOOR_E5M2_DB if weight.dtype.startswith("F8_E5M2") else FLOORS_DB[variant],
+        rounding=_rounding(weight, shape, anchor.dtype in EXPONENTS, layout),
     )
+
+
+def _rounding(weight: StoredTensor, shape: tuple[int, ...], powers: bool, layout: Layout) -> Rounding:
+    """Scales that are powers of two are rounded up, as DeepSeek does."""
+    if layout.packed:
+        gaps = steps.levels(packing.E2M1, 1.0, 0x22, clips=True)
+        return rounding.grouped(rounding.codebook(packing.E2M1, scale="floor"), 32, steps=gaps)
+    kind = rounding.float_of(weight)
+    height, width = layout.block or (1, shape[-1])
+    gaps = steps.floats(kind, clips=powers)
+    return rounding.placed_floats(kind, shape, height, width, scale="ceil" if powers else "float32", steps=gaps)
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:

@@ -24,9 +24,9 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,18 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group,
         floor_db=FLOORS_DB[layout.group],
+        rounding=Rounding(_nearest, margin_db=rounding.COMPENSATED_DB),
     )
+
+
+def _nearest(tensor: LogicalTensor, values: torch.Tensor, largest: float | None) -> torch.Tensor:
+    """What rotated values round to, rotated back; calibrated by GPTQ as a rule."""
+    layout, device = tensor.layout, str(values.device)
+    assert isinstance(layout, Layout)
+    scale: rounding.ScaleKind = "floor" if layout.group == 32 else "e4m3-scaled"
+    within = rounding.grouped(rounding.codebook(packing.E2M1, scale=scale), layout.group)
+    rotated = _runs(tensor, values, _rotation(tensor, device))
+    return _unrotated(tensor, within.nearest(tensor, rotated, None), device)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -120,13 +131,20 @@ def decode_plain(tensor: LogicalTensor, start: int, stop: int, device: str) -> t
 
 
 def _unrotated(tensor: LogicalTensor, values: torch.Tensor, device: str) -> torch.Tensor:
+    return _runs(tensor, values, _rotation(tensor, device).t())
+
+
+def _rotation(tensor: LogicalTensor, device: str) -> torch.Tensor:
     import torch
 
     stored = tensor.part(ROTATION)
-    size = stored.shape[0]
-    matrix = stored.load(device=device).to(torch.float32).view(size, size)
-    runs = values.view(len(values) * tensor.columns // size, size)
-    return (runs @ matrix.t()).view(len(values), tensor.columns)
+    return stored.load(device=device).to(torch.float32).view(stored.shape)
+
+
+def _runs(tensor: LogicalTensor, values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Each run of columns times a matrix."""
+    runs = values.reshape(len(values) * tensor.columns // len(matrix), len(matrix))
+    return (runs @ matrix).view(len(values), tensor.columns)
 
 
 def _layout(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import architecture, packing, patterns
+from pytest_quantcheck.schemes import architecture, packing, patterns, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -79,6 +79,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Layout(bits, columns // anchor.shape[1]),
         block=columns // anchor.shape[1],
         floor_db=FLOORS_DB.get(bits),
+        rounding=rounding.grouped(
+            rounding.symmetric(bits), columns // anchor.shape[1], margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

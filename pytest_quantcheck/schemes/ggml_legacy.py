@@ -13,12 +13,14 @@ Source: llama.cpp, ggml/src/ggml-common.h and ggml-quants.c; gguf 0.19, quants.p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_quantcheck.schemes import ggml_blocks, packing, rounding, steps
+from pytest_quantcheck.schemes import ggml_blocks, packing, rewritten, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.rounding import Round
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.schemes.steps import Span
 from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
@@ -29,6 +31,26 @@ if TYPE_CHECKING:
 def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
     """Return the tensor that these blocks are."""
     return ggml_blocks.claim(stored, namespace, TYPES[stored.dtype])
+
+
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield other ways to write the nibbles of a block: signed, the halves exchanged."""
+    size, first = CODES.get(tensor.stored.dtype, (0, 0))
+    if not size:
+        return
+    signed = partial(_codes, first=first, change=partial(rewritten.flip_signs, bits=4))
+    swapped = partial(_codes, first=first, change=rewritten.swap_nibbles)
+    for name, words, change, advice in (
+        ("sign-convention", "nibbles in two's complement", signed, "ggml has excess 8"),
+        ("nibbles-swapped", "the two nibbles of each byte swapped", swapped, "ggml has the first half in low nibbles"),
+    ):
+        yield Reading(name, words, rewritten.part(tensor, "blocks", change, unit=size), advice)
+
+
+def _codes(blocks: torch.Tensor, first: int, change: rewritten.Change) -> torch.Tensor:
+    import torch
+
+    return torch.cat((blocks[:, :first], change(blocks[:, first:])), dim=1)
 
 
 def _q4_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
@@ -68,6 +90,10 @@ def _bits(packed: torch.Tensor) -> torch.Tensor:
     return packing.shifted(packed, 1).flatten(1)  # (n, 32)
 
 
+# type -> bytes of a block, and where its nibbles start
+CODES = {"Q4_0": (18, 2), "Q4_1": (20, 4), "Q5_0": (22, 6), "Q5_1": (24, 8)}
+
+
 def _rounding(to_code: Round, bits: int, first: int, last: int, *, least: bool = False) -> Rounding:
     """The extreme may be of either sign, and what is as large on the other side has no code: the highest one clips."""
     fills = steps.SIGNED[8] if bits == 8 else (0x00, 0xFF)
@@ -76,10 +102,10 @@ def _rounding(to_code: Round, bits: int, first: int, last: int, *, least: bool =
 
 
 Q4_0 = _rounding(rounding.extreme(4), 4, 2, 18)
-Q4_1 = _rounding(rounding.from_least(4, scale="float16"), 4, 4, 20, least=True)
+Q4_1 = _rounding(rounding.from_least(4, scale="float16-late"), 4, 4, 20, least=True)
 Q5_0 = _rounding(rounding.extreme(5), 5, 2, 22)
-Q5_1 = _rounding(rounding.from_least(5, scale="float16"), 5, 4, 24, least=True)
-Q8_0 = _rounding(rounding.symmetric(8, reach=127, scale="float16"), 8, 2, 34)
+Q5_1 = _rounding(rounding.from_least(5, scale="float16-late"), 5, 4, 24, least=True)
+Q8_0 = _rounding(rounding.symmetric(8, reach=127, scale="float16-late"), 8, 2, 34)
 
 TYPES = {
     "Q4_0": BlockType(_q4_0, scales=2, floor_db=18.0, rounding=Q4_0),
@@ -95,6 +121,7 @@ SCHEME = Scheme(
     variants=tuple(f"ggml-{name.lower()}" for name in TYPES),
     claim=claim,
     dtypes=tuple(TYPES),
+    alternatives=alternatives,
     source="llama.cpp ggml-common.h, ggml-quants.c; gguf 0.19, quants.py",
     verified="gguf 0.19.0",
 )

@@ -25,14 +25,14 @@ Embeddings are packed along the tokens: their codes are in the order of the logi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rounding
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rewritten, rounding
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
@@ -126,6 +126,31 @@ def readings(tensor: LogicalTensor) -> tuple[LogicalTensor, ...]:
         return (tensor,)
     offsets = (0, 1) if layout.zero_offset == 0 else (1, 0)
     return tuple(tensor._replace(layout=layout._replace(zero_offset=offset)) for offset in offsets)
+
+
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield what is mistaken in GPTQ: the version of zero points, whether they count, the order of groups."""
+    layout = tensor.layout
+    if not isinstance(layout, Layout):
+        return
+    if layout.zero_offset == 1:
+        words, advice = "zero points read as version 2, as they are stored", "say `checkpoint_format: gptq_v2`"
+        yield Reading("zero-point-version", words, tensor._replace(layout=layout._replace(zero_offset=0)), advice)
+    if layout.zero_offset == 0 and not layout.planar:
+        words, advice = "zero points read as version 1, stored less one", "say `checkpoint_format: gptq`"
+        yield Reading("zero-point-version", words, tensor._replace(layout=layout._replace(zero_offset=1)), advice)
+    if layout.bits in PLANES and layout.planar is not None and not layout.inputs % 32 and not tensor.shape[0] % 32:
+        words = "codes in one stream" if layout.planar else "codes in planes"
+        other = tensor._replace(layout=layout._replace(planar=not layout.planar))
+        yield Reading("planes", words, other, "`checkpoint_format` is another's: only `gptq_p` has planes of 3 bits")
+    if layout.bits in (2, 4, 8):
+        middle = 2 ** (layout.bits - 1)
+        change = partial(rewritten.fill, bits=layout.bits, number=middle - (layout.zero_offset or 0))
+        words, advice = f"all zero points {middle}", "the codes are symmetric, `qzeros` is not theirs"
+        yield Reading("zero-points-not-meant", words, rewritten.part(tensor, "qzeros", change), advice)
+    if tensor.has("g_idx") and layout.group_size is not None:
+        words, advice = "inputs in groups as they come", "the codes are in the order of groups: `g_idx` is not theirs"
+        yield Reading("group-index", words, rewritten.without(tensor, "g_idx"), advice)
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
@@ -266,6 +291,9 @@ def _layout(parts: Mapping[str, StoredTensor], said: Said, record: Mapping[str, 
     bits, inputs = _bits(parts, said, record)
     group_size = _group_size(parts, said, inputs, record)
     planar, offset, decided_by = _convention(parts["qzeros"], parts["scales"].shape[1], bits, said, record)
+    if planar and (inputs % 32 or parts["scales"].shape[1] % 32):
+        what = f"{bits}-bit planes hold 32 codes each, not {inputs:,} inputs and {parts['scales'].shape[1]:,} outputs"
+        raise FormatError(what, tensor=parts["qweight"].name)
     embedding = record.get("embedding") or prefix[prefix.rfind(".") + 1 :] in EMBEDDINGS
     return Layout(bits, inputs, group_size, planar, offset, decided_by, embedding)
 
@@ -425,6 +453,7 @@ SCHEME = Scheme(
         "gptqmodel.TorchInt8AwqLinear": buffer_linear.expose,
     },
     refuse=refuse,
+    alternatives=alternatives,
     source="GPTQModel 7.6.0, nn_modules/qlinear and utils; auto-round 0.16.1, auto_round_extension/torch",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",
 )

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import slabs
+from pytest_quantcheck.schemes import rounding, slabs
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,11 @@ PARTS: dict[str, ByteClass] = {
 
 PACKINGS = ("8bit_u8", "4bit_u8", "3bit_32", "2bit_u8", "1bit_u8")
 FLOAT_DTYPES = {"F16", "BF16", "F32", "F64"}
+
+
+# Worst of Gaussian, Student-t and outlier weights, less 1 dB: bits, largest group, floor. Those of three and two bits
+# are of plain rounding in groups of 128, which HQQ's search improves.
+FLOORS_DB = ((8, 128, 41.4), (4, 64, 18.5), (4, 128, 16.8), (3, 128, 9.9), (2, 128, 3.4))
 
 
 class Layout(NamedTuple):
@@ -86,8 +91,20 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=size,
-        floor_db=18.5 if meta.get("nbits") == 4 and size <= 64 else None,
+        floor_db=next((floor for bits, group, floor in FLOORS_DB if meta.get("nbits") == bits and size <= group), None),
+        rounding=_rounding(meta.get("nbits"), size, shape, kept_in_groups=layout.axis == 1),
     )
+
+
+def _rounding(bits: object, size: int, shape: tuple[int, ...], *, kept_in_groups: bool) -> Rounding | None:
+    """Plain rounding, which HQQ's search improves.
+
+    Groups along the other axis run through the whole matrix: for them stand groups of as many neighbours.
+    """
+    if type(bits) is not int or not 1 < bits <= 8:
+        return None
+    expected = rounding.flat(rounding.from_least(bits), size, shape[-1])
+    return expected if kept_in_groups else expected._replace(margin_db=rounding.COMPENSATED_DB)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -76,6 +76,11 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group,
         floor_db=FLOORS_DB.get(layout.bits) if layout.group <= 128 else None,
+        rounding=rounding.grouped(
+            rounding.from_least(layout.bits, scale=rounding.kept_in(scales)),
+            layout.group,
+            steps=steps.even(layout.bits, clips=(True, True), least=True),
+        ),
     )
 
 

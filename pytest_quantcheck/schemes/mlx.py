@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,22 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         floor_db=FLOORS_DB.get(layout.bits if layout.mode == "affine" else layout.mode),
     )
     _check(tensor, layout)
-    return tensor
+    return tensor._replace(rounding=_rounding(layout, scales, scaled=found.get("global_scale") is not None))
+
+
+def _rounding(layout: Layout, scales: StoredTensor, *, scaled: bool) -> Rounding | None:
+    """Affine codes are often chosen by training (mlx-lm's DWQ), so nothing is said of their steps."""
+    if layout.mode == "affine":
+        if layout.bits < 2:
+            return None
+        to_code = rounding.from_edge(layout.bits, scale=rounding.kept_in(scales))
+        return rounding.grouped(to_code, layout.group)
+    if layout.mode == "mxfp8":
+        to_float = rounding.small_float("float8_e4m3fn", scale="ceil")
+        return rounding.grouped(to_float, layout.group, steps=steps.floats("float8_e4m3fn", clips=True))
+    scale: rounding.ScaleKind = "nearest" if layout.mode == "mxfp4" else "e4m3-scaled" if scaled else "e4m3"
+    gaps = steps.levels(packing.E2M1, 1.0, 0x22, clips=True)
+    return rounding.grouped(rounding.codebook(packing.E2M1, scale=scale), layout.group, steps=gaps)
 
 
 def _made_by_mlx(namespace: Namespace) -> bool:

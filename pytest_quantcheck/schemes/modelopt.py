@@ -30,9 +30,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,15 @@ PARTS: dict[str, ByteClass] = {
 }
 FP8_BLOCK = 128  # of FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, which the checkpoint does not repeat
 FLOORS_DB = {"nvfp4": 19.0, "mxfp4": 17.0, "fp8": 29.5, "mxfp8": 29.5, "int8": 28.0, "int4": 14.0}
+
+ROUNDED = {
+    "nvfp4": rounding.codebook(packing.E2M1, scale="e4m3-scaled"),
+    "mxfp4": rounding.codebook(packing.E2M1, scale="ceil"),
+    "fp8": rounding.small_float("float8_e4m3fn"),
+    "mxfp8": rounding.small_float("float8_e4m3fn", scale="ceil"),
+    "int8": rounding.symmetric(8, reach=127),
+    "int4": rounding.symmetric(4, reach=7),
+}
 
 
 class Layout(NamedTuple):
@@ -86,7 +95,17 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         floor_db=FLOORS_DB[variant],
     )
     _check_parts(tensor, variant)
-    return tensor
+    return tensor._replace(rounding=_rounding(variant, shape, layout))
+
+
+def _rounding(variant: str, shape: tuple[int, ...], layout: Layout) -> Rounding | None:
+    """Any of them may be calibrated, and is smoothed where it has a `pre_quant_scale`."""
+    if layout.grid is None:
+        return None
+    block, margin = (layout.grid.height, layout.width), rounding.COMPENSATED_DB
+    if variant == "fp8":
+        return rounding.placed_floats("float8_e4m3fn", shape, *block, margin_db=margin)
+    return rounding.placed(ROUNDED[variant], shape, *block, margin_db=margin)
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:

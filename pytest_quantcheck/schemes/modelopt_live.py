@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import modelopt, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         floor_db=FLOORS_DB.get(kind),
     )
     _check(tensor)
-    return tensor
+    return tensor._replace(rounding=_rounding(kind, shape, record["rows"], record["columns"]))
+
+
+def _rounding(kind: str, shape: tuple[int, ...], rows: int, columns: int) -> Rounding | None:
+    if kind not in modelopt.ROUNDED:
+        return None
+    to_code, width = modelopt.ROUNDED[kind], columns or shape[-1]
+    if kind in PACKED:
+        return rounding.flat(to_code, width, shape[-1])._replace(margin_db=rounding.COMPENSATED_DB)
+    block, margin = (rows or prod(shape[:-1]), width), rounding.COMPENSATED_DB
+    if kind == "fp8":
+        return rounding.placed_floats("float8_e4m3fn", shape, *block, margin_db=margin)
+    return rounding.placed(to_code, shape, *block, margin_db=margin)
 
 
 def decode_packed(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

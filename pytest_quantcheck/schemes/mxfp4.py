@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -143,7 +143,10 @@ def _claim_live(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | N
 
 
 def _logical(name: str, shape: tuple[int, ...], parts: tuple[Part, ...], layout: Layout) -> LogicalTensor:
-    return LogicalTensor(name, shape, "mxfp4", "parameter", parts, decode, layout, block=GROUP, floor_db=FLOOR_DB)
+    to_level, gaps = rounding.codebook(packing.E2M1, scale="floor"), steps.levels(packing.E2M1, 1.0, 0x22, clips=True)
+    expected = rounding.placed(to_level, shape, *((GROUP, 1) if layout.transposed else (1, GROUP)), steps=gaps)
+    tensor = LogicalTensor(name, shape, "mxfp4", "parameter", parts, decode, layout, block=GROUP, floor_db=FLOOR_DB)
+    return tensor._replace(rounding=expected)
 
 
 SCHEME = Scheme(

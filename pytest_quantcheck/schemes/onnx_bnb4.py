@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
-from pytest_quantcheck.schemes import onnx_record, packing
+from pytest_quantcheck.schemes import onnx_record, packing, rounding, steps
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 TABLES = {0: ("fp4", packing.FP4), 1: ("nf4", packing.NF4)}
+UNITS = {"fp4": 0x33, "nf4": 0xFF}  # bytes full of the code of 1
 FLOORS_DB = {"fp4": 15.0, "nf4": 18.5}  # blocks up to 64
 
 
@@ -55,6 +56,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Layout(table, block),
         block,
         floor_db=FLOORS_DB[name] if block <= 64 else None,
+        rounding=rounding.flat(
+            rounding.codebook(table), block, straight[-1], steps=steps.levels(table, 1.0, UNITS[name])
+        ),
     )
 
 

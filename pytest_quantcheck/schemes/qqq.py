@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import marlin_tiles
+from pytest_quantcheck.schemes import marlin_tiles, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -54,6 +54,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         groups,
         block=inputs // groups,
+        rounding=rounding.grouped(
+            rounding.symmetric(4, scale="float16"), inputs // groups, margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

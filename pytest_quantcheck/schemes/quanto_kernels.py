@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -74,6 +74,10 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group,
         floor_db=floor,
+        rounding=rounding.grouped(
+            rounding.small_float("float8_e4m3fn") if layout.kernel == "marlin-f8" else rounding.from_least(4),
+            layout.group or shape[-1],
+        ),
     )
 
 

@@ -29,16 +29,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
-from pytest_quantcheck.schemes import architecture
+from pytest_quantcheck.schemes import architecture, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
 GROUP_SIZES = (128, 96, 64, 32)
 BITS = {"qint4": 4, "qint2": 2}
-FLOORS_DB = {"qint4": 16.5, "qint2": None}  # asymmetric groups of 128
+FLOORS_DB = {"qint4": 16.5, "qint2": 2.5}  # asymmetric groups of 128
 RECORD = "quanto"  # live only: what the tensor class knows
 RECORD_LIMIT = 4 << 10
 
@@ -81,7 +81,17 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.columns,
         floor_db=FLOORS_DB[f"qint{layout.bits}"] if layout.columns <= GROUP_SIZES[0] else None,
+        rounding=_rounding(layout, shape, shift),
     )
+
+
+def _rounding(layout: Layout, shape: tuple[int, ...], shift: StoredTensor) -> Rounding | None:
+    """One row that is not grouped has a scale for each column: nothing is lost, and nothing expected."""
+    if layout.axis != 0:
+        return None
+    family = rounding.affine if shift.dtype == "U8" else rounding.from_least
+    gaps = steps.even(layout.bits, clips=(True, True), least=True)
+    return rounding.flat(family(layout.bits), layout.columns, shape[-1], steps=gaps)
 
 
 def _companion(anchor: StoredTensor, name: str, namespace: Namespace) -> StoredTensor:

@@ -21,8 +21,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.schemes import rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,18 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         block=prod(anchor.shape[1:]),
         floor_db=FLOORS_DB[qtype],
+        rounding=_rounding(anchor, scale),
     )
+
+
+def _rounding(codes: StoredTensor, scale: StoredTensor) -> Rounding | None:
+    kept, shape = rounding.kept_in(scale), codes.shape
+    if codes.dtype != "I8":
+        kind = rounding.float_of(codes)
+        return rounding.placed_floats(kind, shape, 1, shape[-1], scale=kept, steps=steps.floats(kind))
+    grid = scale.shape if len(scale.shape) == len(shape) else (1,) * len(shape)
+    gaps = steps.even(8, fills=steps.SIGNED[8])
+    return rounding.on_grid(rounding.symmetric(8, reach=127, scale=kept), shape, grid, steps=gaps)
 
 
 def _module_scales(name: str, namespace: Namespace) -> tuple[Part, ...]:

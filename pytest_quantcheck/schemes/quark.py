@@ -30,15 +30,16 @@ e5m3 is counted and weighed, but not decoded; the older `mx` formats are refused
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,11 @@ CODES = {
     "fp4": Code(("U8",), 4, 2),
     "fp6_e2m3": Code(("U8",), 6, 4, 3),
     "fp6_e3m2": Code(("U8",), 6, 4, 3),
+}
+TABLES = {
+    "fp4": packing.E2M1,
+    "fp6_e2m3": packing.small_float_table(2, 3),
+    "fp6_e3m2": packing.small_float_table(3, 2),
 }
 SCALE_TURNS = frozenset({"int4", "uint4", "int8", "uint8", "int2", "uint2", "int3"})
 REORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds each element
@@ -134,7 +140,28 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.group or layout.block[1] or shape[-1],
         floor_db=FLOORS_DB.get(layout.dtype),
+        rounding=_rounding(layout, shape, named),
     )
+
+
+def _rounding(layout: Layout, shape: tuple[int, ...], parts: Mapping[str, StoredTensor]) -> Rounding | None:
+    """Any of them may be calibrated; of two levels the inner codes decide."""
+    scale, zero = (parts.get(name) for name in layout.codes)
+    width = layout.group or layout.block[1] or shape[-1]
+    height = {"per_tensor": math.prod(shape[:-1]), "per_block": layout.block[0]}.get(layout.scheme, 1)
+    if scale is None:
+        return None
+    if layout.dtype.startswith("fp8"):
+        dtype = "float8_e5m2" if layout.dtype == "fp8_e5m2" else "float8_e4m3fn"
+        return rounding.placed_floats(dtype, shape, height, width)
+    if layout.dtype in TABLES:
+        powers = scale.dtype in ("U8", "F8_E8M0")
+        kind: rounding.ScaleKind = "even" if powers else "e4m3-scaled" if scale.dtype == "F8_E4M3" else "float32"
+        to_code = rounding.codebook(TABLES[layout.dtype], scale=kind)
+    else:
+        bits = int(layout.dtype.removeprefix("u").removeprefix("int"))
+        to_code = rounding.symmetric(bits) if zero is None else rounding.affine(bits)
+    return rounding.placed(to_code, shape, height, width, margin_db=rounding.COMPENSATED_DB)
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:

@@ -4,6 +4,7 @@
     extreme      s = -(the w of largest |w|) / 2**(bits - 1)    w' as symmetric: the extreme is met exactly
     affine       s = (max - min) / (levels - 1)            w' = (clamp(round(w / s) + z) - z) * s, z = round(-min / s)
                  where the zero point is a float           w' = round((w - min) / s) * s + min
+    from_edge    the same from the end of greater magnitude, and s such that 0 has a code
     codebook     s = max|w| / max|level|                   w' = s * the level nearest to w / s
     small_float  s = max|w| / the largest float            w' = s * float8(w / s)
 
@@ -12,8 +13,9 @@
     tiled        blocks of rows and columns
     whole        one block
 
-A scale is kept in float32, float16 or bfloat16; as a power of two (`floor`, `ceil`, `even`: how the exponent is found);
-as E4M3 (`e4m3`), or as E4M3 under one scale of the window (`e4m3-scaled`); or as bitsandbytes' 8-bit codes (`nested`).
+A scale is kept in float32, bfloat16 or float16 (`float16-late`: rounded after the codes were chosen); as a power of two
+(`floor`, `ceil`, `even`, `nearest`: that is how its exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of
+the window (`e4m3-scaled`); or in 8 bits under one more, as bitsandbytes (`nested`) and torchao (`nested-int8`) do.
 
 Left out: what a quantizer does beyond rounding. Calibrated methods minimize another error, and get a wider margin.
 """
@@ -25,18 +27,34 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
+from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import LogicalTensor, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
     import torch
 
-ScaleKind = Literal["float32", "float16", "bfloat16", "floor", "ceil", "even", "e4m3", "e4m3-scaled", "nested"]
+ScaleKind = Literal[
+    "float32",
+    "float16",
+    "float16-late",
+    "bfloat16",
+    "floor",
+    "ceil",
+    "even",
+    "nearest",
+    "e4m3",
+    "e4m3-scaled",
+    "nested",
+    "nested-int8",
+]
 
 # What error-compensating and searching methods may stay below rounding to nearest.
 COMPENSATED_DB = 3.0
 # Entries of the table that stands for a codebook: a value this near to a boundary may fall on the other side of it.
 ENTRIES = 1 << 16
 NESTED_BLOCK = 256
+INT8 = tuple(float(code) for code in range(-128, 128))
+WINDOW = 1 << 22  # values: blocks that take more of whole rows are not predicted
 E4M3_MAX = 448.0
 
 # Rounds blocks (n, size), each by itself, given the largest magnitude of all where that is what scales them.
@@ -64,6 +82,59 @@ def whole(round_: Round, *, margin_db: float = 1.5, steps: Steps | None = None) 
     return Rounding(partial(_whole, round_=round_), whole=True, margin_db=margin_db, steps=steps)
 
 
+def placed(
+    round_: Round,
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    *,
+    margin_db: float = 1.5,
+    steps: Steps | None = None,
+) -> Rounding | None:
+    """Return the rounding of blocks of `height` rows and `width` columns; None where windows cannot hold a block."""
+    if height <= 1:
+        return grouped(round_, width, margin_db=margin_db, steps=steps)
+    if height >= math.prod(shape[:-1]) and width >= shape[-1]:
+        return whole(round_, margin_db=margin_db, steps=steps)
+    if height * shape[-1] > WINDOW:
+        return None
+    return tiled(round_, height, width, margin_db=margin_db, steps=steps)
+
+
+def placed_floats(
+    dtype: str,
+    shape: tuple[int, ...],
+    height: int,
+    width: int,
+    *,
+    scale: ScaleKind = "float32",
+    margin_db: float = 1.5,
+    steps: Steps | None = None,
+) -> Rounding:
+    """Return the rounding to 8-bit floats in blocks; floats keep as much under a scale of a window as of a tensor."""
+    round_ = small_float(dtype, scale=scale)
+    placing = placed(round_, shape, height, width, margin_db=margin_db, steps=steps)
+    if placing is None or placing.whole:
+        return Rounding(partial(_whole, round_=round_), margin_db=margin_db, steps=steps)
+    return placing
+
+
+def on_grid(
+    round_: Round, shape: tuple[int, ...], grid: tuple[int, ...], *, margin_db: float = 1.5, steps: Steps | None = None
+) -> Rounding | None:
+    """Return the rounding of a tensor cut into so many blocks along each dimension; None where rows are not in one."""
+    blocks = [-(-size // max(1, number)) for size, number in zip(shape, grid, strict=True)]
+    height, leading = 1, list(zip(shape[:-1], blocks[:-1], strict=True))
+    while leading:
+        size, block = leading.pop()
+        height *= block
+        if block < size:
+            break
+    if any(block > 1 for _, block in leading):
+        return None
+    return placed(round_, shape, height, blocks[-1], margin_db=margin_db, steps=steps)
+
+
 def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to signed integers; `reach` is the code of the largest magnitude, by default half the range.
 
@@ -73,7 +144,7 @@ def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, sc
     return partial(_symmetric, low=low, high=high, reach=reach or (high - low) / 2, scale=scale)
 
 
-def extreme(bits: int, *, scale: ScaleKind = "float16") -> Round:
+def extreme(bits: int, *, scale: ScaleKind = "float16-late") -> Round:
     """Return the rounding to signed integers whose lowest code is the extreme of the block, whatever its sign."""
     return partial(_extreme, low=-(2 ** (bits - 1)), scale=scale)
 
@@ -86,6 +157,11 @@ def affine(bits: int, *, scale: ScaleKind = "float32") -> Round:
 def from_least(bits: int, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to unsigned integers above the least value, which is kept like the scale."""
     return partial(_from_least, levels=2**bits, scale=scale)
+
+
+def from_edge(bits: int, *, scale: ScaleKind = "float32") -> Round:
+    """Return the rounding to unsigned integers from the minimum or the maximum, whichever is of greater magnitude."""
+    return partial(_from_edge, levels=2**bits, scale=scale)
 
 
 def codebook(levels: tuple[float, ...], *, scale: ScaleKind = "float32") -> Round:
@@ -148,40 +224,58 @@ def _whole(tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *
 def _symmetric(
     blocks: torch.Tensor, largest: float | None, *, low: int, high: int, reach: float, scale: ScaleKind
 ) -> torch.Tensor:
-    scales = scale_of(_largest(blocks, largest), reach, scale)
-    return blocks.mul(_inverse(scales)).round_().clamp_(low, high).mul_(scales)
+    chosen, kept = scales(_largest(blocks, largest) / reach, scale)
+    return blocks.mul(_inverse(chosen)).round_().clamp_(low, high).mul_(kept)
 
 
 def _extreme(blocks: torch.Tensor, largest: float | None, *, low: int, scale: ScaleKind) -> torch.Tensor:
     import torch
 
     least, most = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
-    scales = scale_of(torch.where(-least > most, least, most), low, scale)
-    return blocks.mul(_inverse(scales)).round_().clamp_(low, -low - 1).mul_(scales)
+    chosen, kept = scales(torch.where(-least > most, least, most) / low, scale)
+    return blocks.mul(_inverse(chosen)).round_().clamp_(low, -low - 1).mul_(kept)
 
 
 def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
     low, high = blocks.amin(dim=1, keepdim=True).clamp_(max=0), blocks.amax(dim=1, keepdim=True).clamp_(min=0)
     if largest is not None:
         low, high = low.new_full((1, 1), -largest), high.new_full((1, 1), largest)
-    scales = scale_of(high - low, levels - 1, scale)
-    inverse = _inverse(scales)
+    chosen, kept = scales((high - low) / (levels - 1), scale)
+    inverse = _inverse(chosen)
     zeros = low.mul(-inverse).round_().clamp_(0, levels - 1)
-    return blocks.mul(inverse).round_().add_(zeros).clamp_(0, levels - 1).sub_(zeros).mul_(scales)
+    return blocks.mul(inverse).round_().add_(zeros).clamp_(0, levels - 1).sub_(zeros).mul_(kept)
 
 
 def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
     low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
-    scales, least = scale_of(high - low, levels - 1, scale), scale_of(low, 1.0, scale)
-    return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
+    return _above(blocks, (high - low) / (levels - 1), low, levels, scale)
+
+
+def _from_edge(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
+    import torch
+
+    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    lower = low.abs() > high.abs()
+    edge, step = torch.where(lower, low, high), (high - low) / (levels - 1)
+    step = torch.where(lower, step, -step)
+    steps_to_zero = (edge * _inverse(step)).round_()
+    step = torch.where(steps_to_zero == 0, step, edge / steps_to_zero)
+    return _above(blocks, step, edge.masked_fill(steps_to_zero == 0, 0.0), levels, scale)
+
+
+def _above(
+    blocks: torch.Tensor, step: torch.Tensor, least: torch.Tensor, levels: int, scale: ScaleKind
+) -> torch.Tensor:
+    (chosen, kept), (least, kept_least) = scales(step, scale), scales(least, scale)
+    return blocks.sub(least).mul_(_inverse(chosen)).round_().clamp_(0, levels - 1).mul_(kept).add_(kept_least)
 
 
 def _codebook(
     blocks: torch.Tensor, largest: float | None, *, levels: tuple[float, ...], scale: ScaleKind
 ) -> torch.Tensor:
     top = max(map(abs, levels))
-    scales = scale_of(_largest(blocks, largest), top, scale)
-    return nearest_level(blocks.mul(_inverse(scales)), levels).mul_(scales)
+    chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
+    return nearest_level(blocks.mul(_inverse(chosen)), levels).mul_(kept)
 
 
 def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, scale: ScaleKind) -> torch.Tensor:
@@ -189,9 +283,9 @@ def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, sca
 
     kind = getattr(torch, dtype)
     top = torch.finfo(kind).max
-    scales = scale_of(_largest(blocks, largest), top, scale)
-    codes = blocks.mul(_inverse(scales)).clamp_(-top, top).to(kind)
-    return codes.to(torch.float32).mul_(scales)
+    chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
+    codes = blocks.mul(_inverse(chosen)).clamp_(-top, top).to(kind)
+    return codes.to(torch.float32).mul_(kept)
 
 
 def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
@@ -204,7 +298,7 @@ def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tens
     half = ENTRIES // 2 - 1
     at = values.mul_(half / top).clamp_(-half, half).nan_to_num_().round_().add_(half)
     table = _level_table(levels).to(values.device)
-    return table.index_select(0, at.view(-1).int()).view(values.shape)
+    return table.index_select(0, at.reshape(-1).int()).view(values.shape)
 
 
 @lru_cache
@@ -223,6 +317,13 @@ def kept_in(stored: StoredTensor) -> ScaleKind:
     return {"F16": "float16", "BF16": "bfloat16"}.get(stored.dtype, "float32")  # type: ignore[return-value]
 
 
+def float_of(stored: StoredTensor) -> str:
+    """Return torch's name for the 8-bit float that a part is stored in."""
+    name = DTYPES[stored.dtype].torch
+    assert name is not None
+    return name
+
+
 def _largest(blocks: torch.Tensor, largest: float | None) -> torch.Tensor:
     return blocks.abs().amax(dim=1, keepdim=True) if largest is None else blocks.new_full((1, 1), largest)
 
@@ -232,29 +333,44 @@ def _inverse(scales: torch.Tensor) -> torch.Tensor:
     return scales.reciprocal().masked_fill_(scales == 0, 0.0)
 
 
-def scale_of(largest: torch.Tensor, top: float, kind: ScaleKind) -> torch.Tensor:
-    """Return the float32 values of the scales that bring `largest` to `top`, as they are stored."""
+def scales(exact: torch.Tensor, kind: ScaleKind, top: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales that codes are chosen by, and those that are kept, as float32; `top` is the largest level."""
+    if kind == "float16-late":
+        return exact, _cast(exact, "float16")
+    if kind in ("nested", "nested-int8"):
+        return exact, _nested(exact, dynamic_levels() if kind == "nested" else INT8)
+    kept = _kept(exact, kind, top)
+    return kept, kept
+
+
+def _kept(exact: torch.Tensor, kind: ScaleKind, top: float) -> torch.Tensor:
     import torch
 
     match kind:
-        case "float32":
-            return largest / top
         case "float16" | "bfloat16":
-            return (largest / top).to(getattr(torch, kind)).to(torch.float32)
+            return _cast(exact, kind)
         case "floor":
-            return _power(torch.floor(torch.log2(largest)) - math.floor(math.log2(top)), largest)
+            return _power(torch.floor(torch.log2(exact * top)) - math.floor(math.log2(top)), exact)
         case "ceil":
-            return _power(torch.ceil(torch.log2(largest / top)), largest)
+            return _power(torch.ceil(torch.log2(exact)), exact)
+        case "nearest":
+            return _power(torch.round(torch.log2(exact)), exact)
         case "even":
-            mantissa, exponent = torch.frexp(largest)  # 0.5 to 1: rounded to one bit as E2M1 rounds
-            return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), largest)
+            mantissa, exponent = torch.frexp(exact * top)  # 0.5 to 1: rounded to one bit as E2M1 rounds
+            return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), exact)
         case "e4m3":
-            return _e4m3(largest / top)
+            return _e4m3(exact)
         case "e4m3-scaled":
-            above = largest.amax().clamp_(min=torch.finfo(torch.float32).tiny) / (top * E4M3_MAX)
-            return _e4m3(largest / top / above).mul_(above)
-        case "nested":
-            return _nested(largest / top)
+            above = exact.amax().clamp_(min=torch.finfo(torch.float32).tiny) / E4M3_MAX
+            return _e4m3(exact / above).mul_(above)
+        case _:
+            return exact
+
+
+def _cast(exact: torch.Tensor, dtype: str) -> torch.Tensor:
+    import torch
+
+    return exact.to(getattr(torch, dtype)).to(torch.float32)
 
 
 def _power(exponents: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -270,12 +386,12 @@ def _e4m3(scales: torch.Tensor) -> torch.Tensor:
     return scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
-def _nested(scales: torch.Tensor) -> torch.Tensor:
+def _nested(exact: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """Scales less their mean, as 8-bit codes in blocks of 256."""
-    mean = scales.mean()
-    blocks = _in_blocks(scales.view(1, -1) - mean, NESTED_BLOCK)
-    rounded = _codebook(blocks, None, levels=dynamic_levels(), scale="float32")
-    return rounded.view(-1)[: scales.numel()].view(scales.shape).add_(mean)
+    mean = exact.mean()
+    blocks = _in_blocks(exact.view(1, -1) - mean, NESTED_BLOCK)
+    rounded = _codebook(blocks, None, levels=levels, scale="float32")
+    return rounded.view(-1)[: exact.numel()].view(exact.shape).add_(mean)
 
 
 @lru_cache

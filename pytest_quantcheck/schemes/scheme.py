@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +36,24 @@ Expose = Callable[[Any, str], Mapping[str, Any] | None]
 Refuse = Callable[[StoredTensor, Namespace], str | None]
 
 
+class Reading(NamedTuple):
+    """The same stored parts under another convention: what a diagnosis tries.
+
+    `name` is short and stable, `words` complete "with ...", `advice` says what to change where it decodes right.
+    `along`: what is missing is some multiple of the difference to this reading.
+    """
+
+    name: str
+    words: str
+    tensor: LogicalTensor
+    advice: str = ""
+    along: bool = False
+
+
+# Yields a logical tensor of this scheme as other conventions would have written it.
+Alternatives = Callable[[LogicalTensor], Iterable[Reading]]
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One row of the table of schemes.
@@ -45,6 +63,7 @@ class Scheme:
     `methods` are the `quant_method` values of a configuration that announce the scheme.
     `live` maps `package.Class`, or `:buffer` for any module that has such a buffer, to how the object is shown; no
     library is imported for it. A buffer that is shown stands for a parameter.
+    `alternatives` are the mistakes that this format knows, for the diagnosis of a tensor that decodes wrong.
     """
 
     name: str
@@ -56,6 +75,7 @@ class Scheme:
     methods: tuple[str, ...] = ()
     live: Mapping[str, Expose] = field(default_factory=dict)
     refuse: Refuse | None = None
+    alternatives: Alternatives | None = None
     source: str = ""
     verified: str = ""
     decoded: str = "CPU"

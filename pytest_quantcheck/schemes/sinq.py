@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import slabs
+from pytest_quantcheck.schemes import rounding, slabs
 from pytest_quantcheck.schemes.packing import NF4
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=layout.columns,
+        rounding=_rounding(layout, meta.get("nbits")),
     )
+
+
+def _rounding(layout: Layout, bits: object) -> Rounding | None:
+    """With one scale: the second one, of the columns, does no worse."""
+    if layout.table is not None:
+        to_level = rounding.codebook(layout.table)
+    elif type(bits) is int and 1 < bits <= 8:
+        to_level = rounding.from_least(bits)
+    else:
+        return None
+    return rounding.grouped(to_level, layout.columns, margin_db=rounding.COMPENSATED_DB)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

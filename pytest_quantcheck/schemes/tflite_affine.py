@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,28 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     _check(name, shape, layout, zero)
     scheme = f"tflite-{layout.kind.lower()}"
     floor = FLOORS_DB.get(layout.kind)
-    return LogicalTensor(name, shape, scheme, codes.role or "parameter", tuple(parts), decode, layout, floor_db=floor)
+    return LogicalTensor(
+        name,
+        shape,
+        scheme,
+        codes.role or "parameter",
+        tuple(parts),
+        decode,
+        layout,
+        floor_db=floor,
+        rounding=_rounding(layout, shape),
+    )
+
+
+def _rounding(layout: Layout, shape: tuple[int, ...]) -> Rounding | None:
+    """Weights are symmetric by TFLite's own specification, and their lowest code is not used."""
+    bits = BITS[layout.kind]
+    if bits > 8 or not shape:
+        return None
+    grid = [1] * len(shape)
+    grid[layout.dimension] = layout.channels
+    to_code = rounding.symmetric(bits, reach=2 ** (bits - 1) - 1)
+    return rounding.on_grid(to_code, shape, tuple(grid), margin_db=rounding.COMPENSATED_DB)
 
 
 def _record(name: str, namespace: Namespace) -> dict[str, Any] | None:

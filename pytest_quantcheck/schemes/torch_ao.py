@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,33 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     block = prod(shape) // max(1, wanted)
     variant = f"torch-ao-int{layout.bits}"
     return LogicalTensor(
-        name, shape, variant, "parameter", parts, decode, layout, block, floor_db=FLOORS_DB.get(layout.bits)
+        name,
+        shape,
+        variant,
+        "parameter",
+        parts,
+        decode,
+        layout,
+        block,
+        floor_db=FLOORS_DB.get(layout.bits),
+        rounding=_rounding(layout, shape, codes, zero),
     )
+
+
+def _rounding(layout: Layout, shape: tuple[int, ...], codes: StoredTensor, zero: StoredTensor) -> Rounding | None:
+    """Embeddings have float zero points, weights of signed codes none, and observers may clip what is rare."""
+    if zero.dtype == "F32":
+        to_code = rounding.from_least(layout.bits)
+    else:
+        to_code = rounding.symmetric(8) if codes.dtype == "I8" else rounding.affine(8)
+    if layout.bits > 8 or not shape:
+        return None
+    grid = [1] * len(shape)
+    if layout.axis is not None:
+        grid[layout.axis] = shape[layout.axis]
+    fills = steps.SIGNED[8] if codes.dtype == "I8" else (0x00, 0xFF)
+    gaps = steps.even(layout.bits, fills=fills, clips=(True, True), least=zero.dtype == "F32")
+    return rounding.on_grid(to_code, shape, tuple(grid), margin_db=rounding.COMPENSATED_DB, steps=gaps)
 
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

@@ -17,13 +17,14 @@ Departs from the library: its `dequantize()` computes in the dtype of the model 
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing, torchao_metadata
+from pytest_quantcheck.schemes import packing, rounding, steps, torchao_metadata
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.schemes.torchao_metadata import Flattened
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,26 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Layout(grid),
         block=shape[-1] // grid[-1] if grid[-1] else None,
         floor_db=24.5 if anchor.dtype.startswith("F8_E5M2") else FLOORS_DB.get(kind),
+        rounding=_rounding(found, anchor, kind, grid),
     )
+
+
+def _rounding(found: Flattened, codes: StoredTensor, kind: str, grid: tuple[int, ...]) -> Rounding | None:
+    """An `act_pre_scale` says that the weight was smoothed: nothing is said of its steps then."""
+    smoothed, kept = "act_pre_scale" in found.stored, rounding.kept_in(found.part("scale"))
+    margin = rounding.COMPENSATED_DB if smoothed else 1.5
+    if kind == "float8":
+        dtype = rounding.float_of(codes)
+        gaps = None if smoothed else steps.floats(dtype)
+        block = prod(codes.shape[:-1]) // max(1, prod(grid[:-1])), codes.shape[-1] // max(1, grid[-1])
+        return rounding.placed_floats(dtype, codes.shape, *block, scale=kept, margin_db=margin, steps=gaps)
+    bits = int(kind.removeprefix("int"))
+    if bits < 2:
+        return None
+    asymmetric = "zero_point" in found.stored and found.attributes.get("mapping_type") == "ASYMMETRIC"
+    to_code = rounding.affine(bits, scale=kept) if asymmetric else rounding.symmetric(bits, scale=kept)
+    clipped = steps.even(8, fills=steps.SIGNED[8])
+    return rounding.on_grid(to_code, codes.shape, grid, margin_db=margin, steps=None if smoothed else clipped)
 
 
 def _kind(found: Flattened, codes: StoredTensor) -> str:

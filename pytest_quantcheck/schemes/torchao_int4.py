@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing, torchao_metadata
+from pytest_quantcheck.schemes import packing, rounding, torchao_metadata
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
@@ -61,6 +61,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=blocks[-1],
         floor_db=14.0,
+        rounding=rounding.grouped(
+            rounding.from_least(4, scale="bfloat16"), blocks[-1], margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import packing, torchao_metadata
+from pytest_quantcheck.schemes import packing, rounding, torchao_metadata
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
@@ -46,6 +46,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode_prepacked if prepacked else decode,
         block=blocks[1],
         floor_db=16.5,
+        rounding=rounding.grouped(
+            rounding.from_least(4, scale="bfloat16"), blocks[1], margin_db=rounding.COMPENSATED_DB
+        ),
     )
 
 

@@ -18,10 +18,10 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing, torchao_metadata
+from pytest_quantcheck.schemes import packing, rounding, steps, torchao_metadata
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.schemes.torchao_metadata import Flattened
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,22 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout,
         block=layout.block,
         floor_db=FLOORS_DB.get(variant),
+        rounding=_rounding(found, anchor, layout),
     )
+
+
+def _rounding(found: Flattened, codes: StoredTensor, layout: Layout) -> Rounding:
+    if found.kind == "NVFP4Tensor":
+        scale: rounding.ScaleKind = "e4m3-scaled" if "per_tensor_scale" in found.stored else "e4m3"
+    else:
+        scale = "floor"
+    if not layout.table:
+        dtype = rounding.float_of(codes)
+        gaps = steps.floats(dtype, clips=True)
+        return rounding.grouped(rounding.small_float(dtype, scale=scale), layout.block, steps=gaps)
+    one = layout.table.index(1.0)
+    gaps = steps.levels(layout.table, 1.0, one * 0x11 if layout.packed == 2 else one, clips=True)
+    return rounding.grouped(rounding.codebook(layout.table, scale=scale), layout.block, steps=gaps)
 
 
 def _layout(found: Flattened) -> tuple[str, str, Layout]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -62,7 +62,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         *(Part(part, kind, stored[part]) for part, kind in PARTS.items()),
         Part(RECORD, "bookkeeping", record),
     )
-    return LogicalTensor(name, shape, "torchao-nf4", "parameter", parts, decode, layout, layout.block, floor_db=18.5)
+    expected = rounding.flat(rounding.codebook(packing.NF4, scale="nested-int8"), layout.block, shape[-1])
+    tensor = LogicalTensor(name, shape, "torchao-nf4", "parameter", parts, decode, layout, layout.block, floor_db=18.5)
+    return tensor._replace(rounding=expected)
 
 
 def _check(name: str, shape: tuple[int, ...], layout: Layout, stored: Mapping[str, StoredTensor]) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.schemes import rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
@@ -73,8 +74,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Part(RECORD, "bookkeeping", anchor),
     )
     decodable = layout.kind in ("Float8Tensor", "Float8BlockwiseQTensor") and main in ("_data", "_rowwise_data")
+    expected = rounding.grouped(rounding.small_float(layout.dtype), shape[-1]) if decodable else None
     return LogicalTensor(
-        name, shape, variant, "parameter", parts, decode if decodable else decode_inside, layout, floor_db=None
+        name, shape, variant, "parameter", parts, decode if decodable else decode_inside, layout, rounding=expected
     )
 
 

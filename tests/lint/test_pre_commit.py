@@ -1,4 +1,4 @@
-"""Both hooks, really run by pre-commit from a tagged clone of this repository.
+"""The hooks, really run by pre-commit from a tagged clone of this repository.
 
 pre-commit builds an environment with pip, so this needs a network and a minute: it runs when
 `QUANTCHECK_TEST_PRE_COMMIT=1` is set.
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.test_check import small
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("QUANTCHECK_TEST_PRE_COMMIT") != "1", reason="QUANTCHECK_TEST_PRE_COMMIT=1 is not set: needs pip"
@@ -94,6 +96,16 @@ def test_the_fixing_hook_fixes_what_it_is_allowed_to(hook):
     assert "files were modified by this hook" in out
     assert "logical_numel(p)" in (project / "case.py").read_text()
     assert hook("quantcheck-lint-fix", "[--unsafe-fixes]")[0] == 0
+
+
+def test_the_size_hook_weighs_what_changed(hook, tmp_path):
+    small(tmp_path / "model")
+    (tmp_path / "quantcheck.toml").write_text('[[artifact]]\npath = "model"\nsize = "10 KB"\n')
+    assert hook("quantcheck-size")[0] == 0
+    (tmp_path / "quantcheck.toml").write_text('[[artifact]]\npath = "model"\nsize = "9 KB"\n')
+    status, out, _ = hook("quantcheck-size")
+    assert status == 1
+    assert "exceeds the budget of 9.00 KB (9,000 bytes) by 121 B" in out
 
 
 def test_the_environment_has_no_torch(hook, home):

@@ -1,0 +1,128 @@
+"""The size of a model that nobody has quantized yet: what a recipe writes, read by the schemes as a file would be.
+
+tensor bytes = what the tensors of the written files have, exactly
+file bytes   = tensor bytes + headers, metadata, padding: not predicted
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pytest_quantcheck import recipes
+from pytest_quantcheck.artifact import Artifact, of_container, uncollected
+from pytest_quantcheck.checks.unquantized import unquantized
+from pytest_quantcheck.checks.why import Kind, plain_kind
+from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.quantities import parse_size
+from pytest_quantcheck.recipes.recipe import Unquantized
+from pytest_quantcheck.tensor import ByteClass, Container, LogicalTensor
+
+# What people have: memory of accelerators is sold in GB and is GiB.
+BUDGETS = ("8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB", "80 GiB")
+
+
+class Kept(NamedTuple):
+    """Unquantized parameters of one kind."""
+
+    kind: Kind
+    tensors: int
+    params: int
+    bytes: int
+
+
+class Predicted(NamedTuple):
+    """What one recipe makes of the model: an artifact of tensors alone, or why there is none.
+
+    The records of some formats spell out values: up to `less` bytes may be missing of `artifact.file_bytes`.
+    """
+
+    recipe: str
+    title: str
+    artifact: Artifact | None
+    less: int = 0
+    refused: str | None = None
+
+
+class Fit(NamedTuple):
+    """A budget as it was written, its bytes, and the recipes of which the tensors are within it, largest first."""
+
+    budget: str
+    bytes: int
+    recipes: tuple[str, ...]
+
+
+class Prediction(NamedTuple):
+    """What recipes make of a model, and what of it fits."""
+
+    source: str
+    logical_params: int
+    dtype: str
+    predicted: tuple[Predicted, ...]
+    fits: tuple[Fit, ...]
+
+
+def predict(
+    path: str | os.PathLike[str], names: Sequence[str] = (), *, dtype: str | None = None, fits: Sequence[str] = ()
+) -> Prediction:
+    """Return the exact tensor bytes of the model at a path under each recipe; without names, under all that suit it.
+
+    Raises `ValueError` for an unknown recipe, and for a named one that cannot write the model.
+    """
+    budgets = [(budget, parse_size(budget)) for budget in fits or BUDGETS]
+    for name in names:
+        recipes.named(name)
+    with uncollected():
+        model = unquantized(path, dtype)
+        rows = tuple(predicted(name, model) for name in names or recipes.shown())
+    for row in rows:
+        if row.refused and names:
+            raise ValueError(f"recipe `{row.recipe}`: {row.refused}")
+    fitting = tuple(Fit(budget, size, _within(size, rows)) for budget, size in budgets)
+    return Prediction(model.source, model.parameters, model.dtype, rows, fitting)
+
+
+def bytes_by_class(artifact: Artifact) -> dict[ByteClass, int]:
+    """Return the bytes of all tensors, largest class first; a tied head that is written twice is not dead here."""
+    found: Counter[ByteClass] = Counter()
+    for tensor in artifact.tensors:
+        found.update(tensor.bytes)
+    return dict(found.most_common())
+
+
+def kept(artifact: Artifact) -> list[Kept]:
+    """Return what stays unquantized, largest first."""
+    groups: dict[Kind, list[LogicalTensor]] = {}
+    for tensor in artifact.parameters:
+        if not tensor.quantized:
+            groups.setdefault(plain_kind(tensor), []).append(tensor)
+    rows = [
+        Kept(kind, len(same), sum(tensor.params for tensor in same), sum(tensor.nbytes for tensor in same))
+        for kind, same in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def predicted(name: str, model: Unquantized) -> Predicted:
+    """Return what one recipe makes of a model, or why it cannot."""
+    recipe, options = recipes.named(name)
+    try:
+        written = recipe.write(model, options)
+        tensors = {stored.name: stored for stored in written.tensors}
+    except ValueError as error:
+        return Predicted(name, recipe.title, None, refused=str(error))
+    size = sum(stored.nbytes for stored in tensors.values())
+    config = {**model.config, "quantization_config": dict(written.quantization)} if written.quantization else {}
+    container = Container(recipe.container, f"{model.source} as {name}", tensors, size, configs={"config.json": config})
+    artifact = of_container(container)
+    if artifact.logical_params != model.parameters:
+        what = f"recipe `{name}` writes {artifact.logical_params:,} parameters of {model.parameters:,}"
+        raise FormatError(what, file=model.source)
+    return Predicted(name, recipe.title, artifact, written.less)
+
+
+def _within(size: int, rows: Sequence[Predicted]) -> tuple[str, ...]:
+    fitting = [(row.artifact.file_bytes, row.recipe) for row in rows if row.artifact]
+    return tuple(name for nbytes, name in sorted(fitting, key=lambda row: -row[0]) if nbytes <= size)
