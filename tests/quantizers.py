@@ -26,8 +26,7 @@ Quantize = Callable[[torch.Tensor], LogicalTensor]
 class Quantizer(NamedTuple):
     """A quantizer, and the SQNR in dB that fidelity-metrics has of Gaussian, Student-t and outlier weights.
 
-    `multiple` divides the columns that it takes, and `rows` the rows. `tolerance` is how far
-    in dB a prediction may be off.
+    `multiple` divides the columns that it takes, and `rows` the rows.
     """
 
     id: str
@@ -37,7 +36,6 @@ class Quantizer(NamedTuple):
     outliers: float | None = None
     multiple: int = 1
     rows: int = 1
-    tolerance: float = 0.1
 
 
 def holder(**members) -> nn.Module:
@@ -169,6 +167,14 @@ def packed(bits: int, group: int | None, *, symmetric: bool) -> Quantize:
     )
 
 
+MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "dtype": torch.bfloat16}
+NV = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn", "dtype": torch.bfloat16}
+
+
+def floats(form: str, bits: int, **weights) -> Quantize:
+    return compressed(form, num_bits=bits, type="float", symmetric=True, **weights)
+
+
 def mlx_of(mode: str, group: int, bits: int) -> Quantize:
     def quantize(values: torch.Tensor) -> LogicalTensor:
         return on_disk(mlx.quantized(tuple(values.shape), mode, group, bits, values=values)())
@@ -216,6 +222,11 @@ QUANTIZERS = [
     Quantizer("ct-int3-128-sym", packed(3, 128, symmetric=True), None, None, None, multiple=128),
     Quantizer("ct-int3-128-asym", packed(3, 128, symmetric=False), 13.33, 10.95, 12.00, multiple=128, rows=16),
     Quantizer("ct-int2-128-asym", packed(2, 128, symmetric=False), 5.97, 4.49, 5.61, multiple=128, rows=16),
+    Quantizer("ct-float8-channel", floats("float-quantized", 8, strategy="channel"), 31.55),
+    Quantizer("ct-float8-tensor", floats("float-quantized", 8, strategy="tensor"), 31.55),
+    Quantizer("ct-mxfp8", floats("mxfp8-quantized", 8, **MX), multiple=32),
+    Quantizer("ct-mxfp4", floats("mxfp4-pack-quantized", 4, **MX), multiple=32),
+    Quantizer("ct-nvfp4", floats("nvfp4-pack-quantized", 4, **NV), multiple=16),
     Quantizer("gguf-q8_0", gguf("Q8_0"), 45.4, 43.4, 44.0, multiple=32),
     Quantizer("gguf-q5_1", gguf("Q5_1"), 28.44, 27.23, 27.99, multiple=32),
     Quantizer("gguf-q5_0", gguf("Q5_0"), 27.39, 25.39, 26.02, multiple=32),
@@ -244,7 +255,7 @@ QUANTIZERS = [
     Quantizer("quanto-qint2", quanto("qint2"), 6.00, 3.58, multiple=128),
     Quantizer("quanto-qfloat8", quanto("qfloat8"), 31.55),
     Quantizer("mlx-4bit-64", mlx_of("affine", 64, 4), multiple=64),
-    Quantizer("mlx-mxfp4", mlx_of("mxfp4", 32, 4), multiple=32, tolerance=0.25),
+    Quantizer("mlx-mxfp4", mlx_of("mxfp4", 32, 4), multiple=32),
     Quantizer("mlx-nvfp4", mlx_of("nvfp4", 16, 4), multiple=32),
     Quantizer("mlx-mxfp8", mlx_of("mxfp8", 32, 8), multiple=32),
     Quantizer("onnx-nbits-4-32-sym", matmul_nbits(4, 32, symmetric=True), multiple=32),

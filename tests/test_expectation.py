@@ -10,10 +10,13 @@ import pytest
 import safetensors
 import torch
 
+from pytest_quantcheck import assert_dequant_fidelity, inspect
+from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.fidelity import sqnr_db
 from pytest_quantcheck.schemes import rounding
 from pytest_quantcheck.tensor import LogicalTensor
 from tests.quantizers import QUANTIZERS, Quantizer
+from tests.test_fidelity import plain as plain_model
 from tests.test_fidelity import weights
 
 each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=[quantizer.id for quantizer in QUANTIZERS])
@@ -34,6 +37,22 @@ def predicted(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor.rounding.nearest(tensor, rows, largest) for rows in reference.split(step)])
 
 
+# Formats of so few levels shrink heavy tails by more than the limit of the gain allows.
+FEW_LEVELS = ("ct-int2", "ggml-tq2_0", "quanto-qint2")
+
+
+def passes(tensor: LogicalTensor, reference: torch.Tensor) -> None:
+    """The whole check, as it is by default."""
+    if tensor.scheme in FEW_LEVELS:
+        return
+    (plain,) = inspect(plain_model(weight=reference)).tensors
+    assert_dequant_fidelity(alone(tensor), alone(plain._replace(name=tensor.name)))
+
+
+def alone(tensor: LogicalTensor) -> Artifact:
+    return Artifact("one tensor", "live", (tensor,), tensor.nbytes)
+
+
 def beyond(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
     """Where the error is over half of the step."""
     gaps = tensor.rounding.steps(tensor, 0, tensor.rows, "cpu")
@@ -46,9 +65,10 @@ def test_rounding_to_nearest_predicts_what_the_library_reaches(quantizer: Quanti
         reference = weights(distribution, 128, 768)
         tensor = quantizer.quantize(reference)
         measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
-        assert measured == pytest.approx(expected, abs=quantizer.tolerance), distribution
+        assert measured == pytest.approx(expected, abs=0.1), distribution
         if tensor.rounding.steps is not None:
             assert int(beyond(tensor, reference).sum()) == 0, distribution
+        passes(tensor, reference)
 
 
 # The table of docs/reference/expectation.md, which others measured on 1024 x 4096 values; heavy tails and outliers
@@ -118,9 +138,10 @@ def test_real_weights_are_as_expected(quantizer: Quantizer):
         reference = reference[:, : reference.shape[1] // quantizer.multiple * quantizer.multiple].contiguous()
     tensor = quantizer.quantize(reference)
     measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
-    assert measured == pytest.approx(expected, abs=quantizer.tolerance)
+    assert measured == pytest.approx(expected, abs=0.1)
     if tensor.rounding.steps is not None:
         assert int(beyond(tensor, reference).sum()) == 0
+    passes(tensor, reference)
 
 
 @each_quantizer
@@ -202,5 +223,5 @@ def test_steps_by_hand():
     tensor = quantizer.quantize(values)
     gaps = tensor.rounding.steps(tensor, 0, 1, "cpu")[0]
     widest = 2 * torch.tensor([1 - 0.6961928, 1 - 0.72295684, 0.09105004])
-    assert torch.allclose(gaps[:3], widest * (1 + 2**-8) + 2 * torch.tensor([1.0, 1.0, 0.0]) * 2**-8, rtol=1e-4)
+    assert torch.allclose(gaps[:3], widest * (1 + 2**-7) + 2 * torch.tensor([1.0, 1.0, 0.0]) * 2**-7, rtol=1e-4)
     assert math.isfinite(float(gaps.sum()))
