@@ -20,7 +20,8 @@ from tests import gguf_files
 from tests.cases import Made, compressed_tensors, mlx, onnx
 from tests.scheme_table import saved
 
-Quantize = Callable[[torch.Tensor], LogicalTensor]
+# Given the weight, and a folder for what is written.
+Quantize = Callable[[torch.Tensor, Path], LogicalTensor]
 
 
 class Quantizer(NamedTuple):
@@ -56,14 +57,14 @@ def live(model: nn.Module) -> LogicalTensor:
     return tensor
 
 
-def on_disk(made: Made) -> LogicalTensor:
-    """A tensor of a file that outlives its folder: it is read into memory."""
-    folder = Path(tempfile.mkdtemp(prefix="quantizer-"))
-    return next(tensor for tensor in inspect(saved(made, folder)).parameters if tensor.quantized)
+def on_disk(made: Made, folder: Path) -> LogicalTensor:
+    """The quantized tensor of what is written to a folder of its own within another."""
+    path = saved(made, Path(tempfile.mkdtemp(dir=folder)))
+    return next(tensor for tensor in inspect(path).parameters if tensor.quantized)
 
 
 def bnb_4bit(quant_type: str, blocksize: int = 64, *, nested: bool = False) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         layer = bnb.nn.Linear4bit(
             values.shape[1], values.shape[0], bias=False, quant_type=quant_type, compress_statistics=nested
         )
@@ -73,20 +74,25 @@ def bnb_4bit(quant_type: str, blocksize: int = 64, *, nested: bool = False) -> Q
     return quantize
 
 
-def bnb_8bit(values: torch.Tensor) -> LogicalTensor:
+def bnb_8bit(values: torch.Tensor, folder: Path) -> LogicalTensor:
     layer = bnb.nn.Linear8bitLt(values.shape[1], values.shape[0], bias=False, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(values.clone(), requires_grad=False, has_fp16_weights=False)
     return live(layer.to("cpu"))
 
 
 def gguf(kind: str) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         library = pytest.importorskip("gguf", reason="the gguf package quantizes")
         raw = library.quants.quantize(values.numpy(), library.GGMLQuantizationType[kind])
-        tensor = gguf_files.Tensor("layer.weight", kind, tuple(values.shape), raw.tobytes())
-        return on_disk(Made(None, write=lambda folder: _write(folder / "model.gguf", gguf_files.gguf([tensor]))))
+        return gguf_tensor(kind, tuple(values.shape), raw.tobytes(), folder)
 
     return quantize
+
+
+def gguf_tensor(kind: str, shape: tuple[int, ...], raw: bytes, folder: Path) -> LogicalTensor:
+    """The tensor of a GGUF file that has only one."""
+    content = gguf_files.gguf([gguf_files.Tensor("layer.weight", kind, shape, raw)])
+    return on_disk(Made(None, write=lambda within: _write(within / "model.gguf", content)), folder)
 
 
 def _write(path: Path, content: bytes) -> Path:
@@ -95,7 +101,7 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def quanto(qtype: str) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         library = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
         model = holder(layer=linear(values))
         library.quantize(model, weights=qtype)
@@ -106,7 +112,7 @@ def quanto(qtype: str) -> Quantize:
 
 
 def torchao(configuration: str, **options) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         logging.getLogger("torchao").setLevel(logging.ERROR)
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         made = {name: option(library) if callable(option) else option for name, option in options.items()}
@@ -118,7 +124,7 @@ def torchao(configuration: str, **options) -> Quantize:
 
 
 def torchao_float8(granularity: str, *sizes: tuple[int, int], dtype=torch.float8_e4m3fn) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         kind = getattr(library, granularity)(*sizes)
         weight = library.Float8Tensor.from_hp(values, float8_dtype=dtype, granularity=kind)
@@ -128,7 +134,7 @@ def torchao_float8(granularity: str, *sizes: tuple[int, int], dtype=torch.float8
 
 
 def torchao_mx(element) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
@@ -137,7 +143,7 @@ def torchao_mx(element) -> Quantize:
     return quantize
 
 
-def torchao_nvfp4(values: torch.Tensor) -> LogicalTensor:
+def torchao_nvfp4(values: torch.Tensor, folder: Path) -> LogicalTensor:
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
@@ -146,7 +152,7 @@ def torchao_nvfp4(values: torch.Tensor) -> LogicalTensor:
     return live(holder(weight=nn.Parameter(weight, requires_grad=False)))
 
 
-def torchao_nf4(values: torch.Tensor) -> LogicalTensor:
+def torchao_nf4(values: torch.Tensor, folder: Path) -> LogicalTensor:
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
@@ -154,8 +160,8 @@ def torchao_nf4(values: torch.Tensor) -> LogicalTensor:
 
 
 def compressed(form: str, **weights) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
-        return on_disk(compressed_tensors.compressed(form, *values.shape, values=values, **weights)())
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
+        return on_disk(compressed_tensors.compressed(form, *values.shape, values=values, **weights)(), folder)
 
     return quantize
 
@@ -176,21 +182,21 @@ def floats(form: str, bits: int, **weights) -> Quantize:
 
 
 def mlx_of(mode: str, group: int, bits: int) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
-        return on_disk(mlx.quantized(tuple(values.shape), mode, group, bits, values=values)())
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
+        return on_disk(mlx.quantized(tuple(values.shape), mode, group, bits, values=values)(), folder)
 
     return quantize
 
 
 def matmul_nbits(bits: int, block: int, *, symmetric: bool) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         rows, columns = values.shape
-        return on_disk(onnx.matmul_nbits(bits, block, columns, symmetric=symmetric, rows=rows, values=values)())
+        return on_disk(onnx.matmul_nbits(bits, block, columns, symmetric=symmetric, rows=rows, values=values)(), folder)
 
     return quantize
 
 
-def torch_ao(values: torch.Tensor) -> LogicalTensor:
+def torch_ao(values: torch.Tensor, folder: Path) -> LogicalTensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(holder(layer=linear(values)), {nn.Linear})
@@ -263,3 +269,23 @@ QUANTIZERS = [
     Quantizer("onnx-nbits-8-64-sym", matmul_nbits(8, 64, symmetric=True), multiple=64),
     Quantizer("torch-ao-dynamic", torch_ao),
 ]  # fmt: skip
+
+
+def lines() -> list[str]:
+    """Return the table of docs/reference/expectation.md: what each quantizer keeps of 256 x 4096 values."""
+    from tests.test_expectation import DISTRIBUTIONS, db
+    from tests.test_fidelity import weights
+
+    references = [weights(distribution, 256, 4096) for distribution in DISTRIBUTIONS]
+    rows = ["| quantizer | bits per weight | Gaussian | Student-t | outliers |", "|---|---:|---:|---:|---:|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for quantizer in QUANTIZERS:
+            made = [quantizer.quantize(reference, Path(folder)) for reference in references]
+            kept = [f"{db(tensor.decode(), values):.2f}" for tensor, values in zip(made, references, strict=True)]
+            bits = f"{made[0].bits_per_weight:.2f}"
+            rows.append("| " + " | ".join([f"`{quantizer.id}`", bits, *kept]) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
