@@ -137,6 +137,8 @@ def low_rank(sample: Sample) -> Iterator[Attempt]:
     """A difference of few dimensions, spread over rows and columns: an adapter."""
     import torch
 
+    if sample.stored_db < 0:
+        return  # more would have been added than there is
     head = sample.head
     residual = head.reference - head.decoded
     limit = min(residual.shape) // 8

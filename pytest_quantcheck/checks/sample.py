@@ -67,8 +67,9 @@ class Sample:
         starts = {(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)}
         spans = {start: start + size for start in starts}
         if self.near is not None:
-            start = self.near // aligned * aligned
-            spans[start] = min(rows, start + max(size, aligned))
+            unit = math.lcm(grid, _rows_of_block(self.tensor))
+            start = self.near // unit * unit
+            spans[start] = min(rows, start + max(size, unit))
         return tuple(self.window(*span) for span in sorted(spans.items()))
 
     @cached_property
