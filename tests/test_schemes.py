@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -83,6 +84,26 @@ def test_windows_equal_the_whole(case, artifact, made):
     windows = [tensor.decode(start, stop) for start, stop in tensor.windows(elements=5 * tensor.columns)]
     assert torch.equal(torch.cat(windows).nan_to_num(), tensor.decode().nan_to_num())
     assert tensor.decode(1, 1).shape == (0, tensor.columns)
+
+
+@each_case
+def test_rounding_and_steps_fit_what_is_decoded(case, artifact, made):
+    """What was decoded rounds to values of the same shape, and every value has a step, in windows as in one piece."""
+    tensor = artifact.tensor(case.name)
+    if made(case).values is None or tensor.rounding is None:
+        pytest.skip("nothing is expected of this encoding")
+    rounding = pickle.loads(pickle.dumps(tensor.rounding))
+    values = tensor.decode().nan_to_num(0.0, 1e4, -1e4).clamp_(-1e4, 1e4)
+    largest = float(values.abs().max()) if rounding.whole else None
+    rounded = rounding.nearest(tensor, values, largest)
+    assert (rounded.shape, rounded.dtype) == (values.shape, torch.float32)
+    assert rounded.isfinite().all()
+    if rounding.steps is not None:
+        steps = rounding.steps(tensor, 0, tensor.rows, "cpu")
+        assert (steps.shape, steps.dtype) == (values.shape, torch.float32)
+        assert not (steps < 0).any()
+        first = rounding.steps(tensor, 0, 1, "cpu")
+        assert torch.equal(first.nan_to_num(), steps[:1].nan_to_num())
 
 
 def test_the_table_in_the_docs_is_what_is_measured():

@@ -154,7 +154,7 @@ def test_annotations_are_the_commands_meant_and_no_others(nasty):
     assert [command.name for command in commands] == ["error"] * 3
     size, unread, wrong = commands
     assert size.properties == {"file": "quantcheck.toml", "line": "4", "title": f"{printable(name)}: size-budget"}
-    assert unread.properties == {"title": printable(name).rstrip()}
+    assert unread.properties == {"file": "quantcheck.toml", "line": "10", "title": printable(name).rstrip()}
     assert wrong.properties["line"] == "7"
     assert all(printable(name) in command.text for command in commands)
 

@@ -63,7 +63,12 @@ def compare(
     pairs, findings = pairing.pairs, list(pairing.findings)
     require_matches(limits, [tensor.name for tensor, _ in pairs])
     measured = measure_each(
-        pairs, device=device, executor=executor, workers=workers, progress=_progress(pairs, progress)
+        pairs,
+        device=device,
+        in_steps=limits.max_steps is not None,
+        executor=executor,
+        workers=workers,
+        progress=_progress(pairs, progress),
     )
     rows = [judge(row, tensor, limits) for row, (tensor, _) in zip(measured, pairs, strict=True)]
     findings += [Finding("fidelity", "error", row.name, fault) for row in rows for fault in row.faults]
@@ -147,7 +152,7 @@ def _explained(lines: list[str], names: list[str | None], likely: Mapping[str | 
             yield f"  {likely[name]}"
 
 
-def _margin(row: Fidelity) -> tuple[bool, float]:
+def _margin(row: Fidelity) -> tuple[bool, float, float]:
     """Faulty rows first, then by how little they are above what was expected."""
-    distance = row.sqnr_db - (row.expected_sqnr_db or 0.0)
-    return not row.faults, -math.inf if math.isnan(distance) else distance
+    above = row.sqnr_db - (row.expected_sqnr_db or 0.0)
+    return not row.faults, -math.inf if math.isnan(above) else round(above, 2), row.sqnr_db

@@ -53,8 +53,7 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
 
 def _span(values: Iterable[float]) -> tuple[float, float]:
     found = sorted(values) or [0.0]
-    low, high = found[0], found[-1]
-    return low, max(high, low + LEAST_SPAN)
+    return min(found[0], found[-1] - LEAST_SPAN), found[-1]
 
 
 def _grid(stack: str, places: Mapping[tuple[str, int], list[Row]], low: float, high: float) -> Grid:

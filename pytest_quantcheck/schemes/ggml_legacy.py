@@ -102,10 +102,10 @@ def _rounding(to_code: Round, bits: int, first: int, last: int, *, least: bool =
 
 
 Q4_0 = _rounding(rounding.extreme(4), 4, 2, 18)
-Q4_1 = _rounding(rounding.from_least(4, scale="float16"), 4, 4, 20, least=True)
+Q4_1 = _rounding(rounding.from_least(4, scale="float16-late"), 4, 4, 20, least=True)
 Q5_0 = _rounding(rounding.extreme(5), 5, 2, 22)
-Q5_1 = _rounding(rounding.from_least(5, scale="float16"), 5, 4, 24, least=True)
-Q8_0 = _rounding(rounding.symmetric(8, reach=127, scale="float16"), 8, 2, 34)
+Q5_1 = _rounding(rounding.from_least(5, scale="float16-late"), 5, 4, 24, least=True)
+Q8_0 = _rounding(rounding.symmetric(8, reach=127, scale="float16-late"), 8, 2, 34)
 
 TYPES = {
     "Q4_0": BlockType(_q4_0, scales=2, floor_db=18.0, rounding=Q4_0),

@@ -57,7 +57,7 @@ def _tq2_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
     values.sub_(1).mul_(packing.halves(blocks, 64))
 
 
-TERNARY = rounding.grouped(rounding.codebook((-1.0, 0.0, 1.0), scale="float16"), 256)
+TERNARY = rounding.grouped(rounding.codebook((-1.0, 0.0, 1.0), scale="float16-late"), 256)
 
 TYPES = {
     "TQ1_0": BlockType(_tq1_0, scales=2, rounding=TERNARY),

@@ -13,9 +13,9 @@
     tiled        blocks of rows and columns
     whole        one block
 
-A scale is kept in float32, float16 or bfloat16; as a power of two (`floor`, `ceil`, `even`, `nearest`: that is how its
-exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of the window (`e4m3-scaled`); or as codes of 8 bits, as
-bitsandbytes does (`nested`).
+A scale is kept in float32, bfloat16 or float16 (`float16-late`: rounded after the codes were chosen); as a power of two
+(`floor`, `ceil`, `even`, `nearest`: that is how its exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of
+the window (`e4m3-scaled`); or in 8 bits under one more, as bitsandbytes (`nested`) and torchao (`nested-int8`) do.
 
 Left out: what a quantizer does beyond rounding. Calibrated methods minimize another error, and get a wider margin.
 """
@@ -34,7 +34,18 @@ if TYPE_CHECKING:
     import torch
 
 ScaleKind = Literal[
-    "float32", "float16", "bfloat16", "floor", "ceil", "even", "nearest", "e4m3", "e4m3-scaled", "nested"
+    "float32",
+    "float16",
+    "float16-late",
+    "bfloat16",
+    "floor",
+    "ceil",
+    "even",
+    "nearest",
+    "e4m3",
+    "e4m3-scaled",
+    "nested",
+    "nested-int8",
 ]
 
 # What error-compensating and searching methods may stay below rounding to nearest.
@@ -42,6 +53,7 @@ COMPENSATED_DB = 3.0
 # Entries of the table that stands for a codebook: a value this near to a boundary may fall on the other side of it.
 ENTRIES = 1 << 16
 NESTED_BLOCK = 256
+INT8 = tuple(float(code) for code in range(-128, 128))
 WINDOW = 1 << 22  # values: blocks that take more of whole rows are not predicted
 E4M3_MAX = 448.0
 
@@ -132,7 +144,7 @@ def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, sc
     return partial(_symmetric, low=low, high=high, reach=reach or (high - low) / 2, scale=scale)
 
 
-def extreme(bits: int, *, scale: ScaleKind = "float16") -> Round:
+def extreme(bits: int, *, scale: ScaleKind = "float16-late") -> Round:
     """Return the rounding to signed integers whose lowest code is the extreme of the block, whatever its sign."""
     return partial(_extreme, low=-(2 ** (bits - 1)), scale=scale)
 
@@ -212,32 +224,31 @@ def _whole(tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *
 def _symmetric(
     blocks: torch.Tensor, largest: float | None, *, low: int, high: int, reach: float, scale: ScaleKind
 ) -> torch.Tensor:
-    scales = scale_of(_largest(blocks, largest), reach, scale)
-    return blocks.mul(_inverse(scales)).round_().clamp_(low, high).mul_(scales)
+    chosen, kept = scales(_largest(blocks, largest) / reach, scale)
+    return blocks.mul(_inverse(chosen)).round_().clamp_(low, high).mul_(kept)
 
 
 def _extreme(blocks: torch.Tensor, largest: float | None, *, low: int, scale: ScaleKind) -> torch.Tensor:
     import torch
 
     least, most = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
-    scales = scale_of(torch.where(-least > most, least, most), low, scale)
-    return blocks.mul(_inverse(scales)).round_().clamp_(low, -low - 1).mul_(scales)
+    chosen, kept = scales(torch.where(-least > most, least, most) / low, scale)
+    return blocks.mul(_inverse(chosen)).round_().clamp_(low, -low - 1).mul_(kept)
 
 
 def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
     low, high = blocks.amin(dim=1, keepdim=True).clamp_(max=0), blocks.amax(dim=1, keepdim=True).clamp_(min=0)
     if largest is not None:
         low, high = low.new_full((1, 1), -largest), high.new_full((1, 1), largest)
-    scales = scale_of(high - low, levels - 1, scale)
-    inverse = _inverse(scales)
+    chosen, kept = scales((high - low) / (levels - 1), scale)
+    inverse = _inverse(chosen)
     zeros = low.mul(-inverse).round_().clamp_(0, levels - 1)
-    return blocks.mul(inverse).round_().add_(zeros).clamp_(0, levels - 1).sub_(zeros).mul_(scales)
+    return blocks.mul(inverse).round_().add_(zeros).clamp_(0, levels - 1).sub_(zeros).mul_(kept)
 
 
 def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
     low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
-    scales, least = scale_of(high - low, levels - 1, scale), scale_of(low, 1.0, scale)
-    return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
+    return _above(blocks, (high - low) / (levels - 1), low, levels, scale)
 
 
 def _from_edge(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
@@ -249,17 +260,22 @@ def _from_edge(blocks: torch.Tensor, largest: float | None, *, levels: int, scal
     step = torch.where(lower, step, -step)
     steps_to_zero = (edge * _inverse(step)).round_()
     step = torch.where(steps_to_zero == 0, step, edge / steps_to_zero)
-    scales = scale_of(step, 1.0, scale)
-    least = scale_of(edge.masked_fill(steps_to_zero == 0, 0.0), 1.0, scale)
-    return blocks.sub(least).mul_(_inverse(scales)).round_().clamp_(0, levels - 1).mul_(scales).add_(least)
+    return _above(blocks, step, edge.masked_fill(steps_to_zero == 0, 0.0), levels, scale)
+
+
+def _above(
+    blocks: torch.Tensor, step: torch.Tensor, least: torch.Tensor, levels: int, scale: ScaleKind
+) -> torch.Tensor:
+    (chosen, kept), (least, kept_least) = scales(step, scale), scales(least, scale)
+    return blocks.sub(least).mul_(_inverse(chosen)).round_().clamp_(0, levels - 1).mul_(kept).add_(kept_least)
 
 
 def _codebook(
     blocks: torch.Tensor, largest: float | None, *, levels: tuple[float, ...], scale: ScaleKind
 ) -> torch.Tensor:
     top = max(map(abs, levels))
-    scales = scale_of(_largest(blocks, largest), top, scale)
-    return nearest_level(blocks.mul(_inverse(scales)), levels).mul_(scales)
+    chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
+    return nearest_level(blocks.mul(_inverse(chosen)), levels).mul_(kept)
 
 
 def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, scale: ScaleKind) -> torch.Tensor:
@@ -267,9 +283,9 @@ def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, sca
 
     kind = getattr(torch, dtype)
     top = torch.finfo(kind).max
-    scales = scale_of(_largest(blocks, largest), top, scale)
-    codes = blocks.mul(_inverse(scales)).clamp_(-top, top).to(kind)
-    return codes.to(torch.float32).mul_(scales)
+    chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
+    codes = blocks.mul(_inverse(chosen)).clamp_(-top, top).to(kind)
+    return codes.to(torch.float32).mul_(kept)
 
 
 def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
@@ -317,31 +333,44 @@ def _inverse(scales: torch.Tensor) -> torch.Tensor:
     return scales.reciprocal().masked_fill_(scales == 0, 0.0)
 
 
-def scale_of(largest: torch.Tensor, top: float, kind: ScaleKind) -> torch.Tensor:
-    """Return the float32 values of the scales that bring `largest` to `top`, as they are stored."""
+def scales(exact: torch.Tensor, kind: ScaleKind, top: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales that codes are chosen by, and those that are kept, as float32; `top` is the largest level."""
+    if kind == "float16-late":
+        return exact, _cast(exact, "float16")
+    if kind in ("nested", "nested-int8"):
+        return exact, _nested(exact, dynamic_levels() if kind == "nested" else INT8)
+    kept = _kept(exact, kind, top)
+    return kept, kept
+
+
+def _kept(exact: torch.Tensor, kind: ScaleKind, top: float) -> torch.Tensor:
     import torch
 
     match kind:
-        case "float32":
-            return largest / top
         case "float16" | "bfloat16":
-            return (largest / top).to(getattr(torch, kind)).to(torch.float32)
+            return _cast(exact, kind)
         case "floor":
-            return _power(torch.floor(torch.log2(largest)) - math.floor(math.log2(top)), largest)
+            return _power(torch.floor(torch.log2(exact * top)) - math.floor(math.log2(top)), exact)
         case "ceil":
-            return _power(torch.ceil(torch.log2(largest / top)), largest)
-        case "even":
-            mantissa, exponent = torch.frexp(largest)  # 0.5 to 1: rounded to one bit as E2M1 rounds
-            return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), largest)
+            return _power(torch.ceil(torch.log2(exact)), exact)
         case "nearest":
-            return _power(torch.round(torch.log2(largest / top)), largest)
+            return _power(torch.round(torch.log2(exact)), exact)
+        case "even":
+            mantissa, exponent = torch.frexp(exact * top)  # 0.5 to 1: rounded to one bit as E2M1 rounds
+            return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), exact)
         case "e4m3":
-            return _e4m3(largest / top)
+            return _e4m3(exact)
         case "e4m3-scaled":
-            above = largest.amax().clamp_(min=torch.finfo(torch.float32).tiny) / (top * E4M3_MAX)
-            return _e4m3(largest / top / above).mul_(above)
-        case "nested":
-            return _nested(largest / top)
+            above = exact.amax().clamp_(min=torch.finfo(torch.float32).tiny) / E4M3_MAX
+            return _e4m3(exact / above).mul_(above)
+        case _:
+            return exact
+
+
+def _cast(exact: torch.Tensor, dtype: str) -> torch.Tensor:
+    import torch
+
+    return exact.to(getattr(torch, dtype)).to(torch.float32)
 
 
 def _power(exponents: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -357,12 +386,12 @@ def _e4m3(scales: torch.Tensor) -> torch.Tensor:
     return scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
-def _nested(scales: torch.Tensor) -> torch.Tensor:
+def _nested(exact: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """Scales less their mean, as 8-bit codes in blocks of 256."""
-    mean = scales.mean()
-    blocks = _in_blocks(scales.view(1, -1) - mean, NESTED_BLOCK)
-    rounded = _codebook(blocks, None, levels=dynamic_levels(), scale="float32")
-    return rounded.view(-1)[: scales.numel()].view(scales.shape).add_(mean)
+    mean = exact.mean()
+    blocks = _in_blocks(exact.view(1, -1) - mean, NESTED_BLOCK)
+    rounded = _codebook(blocks, None, levels=levels, scale="float32")
+    return rounded.view(-1)[: exact.numel()].view(exact.shape).add_(mean)
 
 
 @lru_cache

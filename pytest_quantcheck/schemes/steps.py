@@ -138,7 +138,7 @@ def _levels(
     scale = filled(tensor, fill, span).decode(start, stop, device).div_(unit)
     level = tensor.decode(start, stop, device) / scale
     step = wider[torch.bucketize(level, (ordered[1:] + ordered[:-1]) / 2)]
-    return scale.abs_().mul_(step.add_(SLACK * level.abs_().add_(step))).nan_to_num_(nan=0.0, posinf=float("inf"))
+    return _scaled(step.add_(SLACK * level.abs_().add_(step)), scale, clips=clips)
 
 
 def _floats(tensor: LogicalTensor, start: int, stop: int, device: str, *, dtype: str, clips: bool) -> torch.Tensor:
@@ -152,4 +152,9 @@ def _floats(tensor: LogicalTensor, start: int, stop: int, device: str, *, dtype:
     step = torch.ldexp(torch.tensor(kind.eps, device=device), exponent).clamp_(min=kind.tiny * kind.eps)
     if clips:
         step.masked_fill_(level >= kind.max, float("inf"))
-    return scale.abs_().mul_(step.add_(SLACK * level.add_(step))).nan_to_num_(nan=0.0, posinf=float("inf"))
+    return _scaled(step.add_(SLACK * level.add_(step)), scale, clips=clips)
+
+
+def _scaled(step: torch.Tensor, scale: torch.Tensor, *, clips: bool) -> torch.Tensor:
+    """Steps of codes as steps of values; a scale of 0 stands for zeros alone, or for what it was too coarse for."""
+    return step.mul_(scale.abs()).masked_fill_(scale == 0, float("inf") if clips else 0.0)

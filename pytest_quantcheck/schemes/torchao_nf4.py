@@ -62,7 +62,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         *(Part(part, kind, stored[part]) for part, kind in PARTS.items()),
         Part(RECORD, "bookkeeping", record),
     )
-    expected = rounding.flat(rounding.codebook(packing.NF4), layout.block, shape[-1])
+    expected = rounding.flat(rounding.codebook(packing.NF4, scale="nested-int8"), layout.block, shape[-1])
     tensor = LogicalTensor(name, shape, "torchao-nf4", "parameter", parts, decode, layout, layout.block, floor_db=18.5)
     return tensor._replace(rounding=expected)
 
