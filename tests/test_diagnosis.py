@@ -262,3 +262,11 @@ def test_every_name_is_in_the_documentation():
     told = {name for hypothesis in HYPOTHESES for name in hypothesis.names} | {"bias", "unrelated", "zeros"}
     told |= {fault.diagnosis for fault in faults.FAULTS if fault.diagnosis}
     assert [name for name in sorted(told) if f"`{name}`" not in page] == []
+
+
+def test_a_sound_weight_of_few_levels_has_no_damage():
+    """Some blocks of 2 bits carry next to nothing: so they do after rounding to nearest."""
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(3.0).sample((ROWS, COLUMNS)) * 0.02
+    found = diagnosed(encoders.bnb_4bit(weight, blocksize=4096), weight)
+    assert found is None

@@ -1,7 +1,9 @@
 """A few windows of a tensor and of its reference, decoded: enough to try a hypothesis, whatever the tensor's size.
 
-windows  at most four, whole rows, evenly spread, each starting where a block starts
-head     the first rows, more of them: whole attention heads for questions about the order of rows
+    windows  at most four, whole rows, evenly spread, each starting where a block starts; one more where a fault is known
+    head     the first rows, more of them: whole attention heads for questions about the order of rows
+
+Both are decoded once.
 """
 
 from __future__ import annotations
