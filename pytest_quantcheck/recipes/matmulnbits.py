@@ -69,6 +69,7 @@ def _parts(weight: Weight, layout: Layout, role: Role) -> Iterator[StoredTensor]
     node = {
         "operator": "MatMulNBits",
         "node": weight.name,
+        "input": 1,
         "through": None,
         **described.pop(""),
         "parts": described,
