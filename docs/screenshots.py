@@ -1,7 +1,7 @@
 """Makes the pictures of the reports page from the sample repository: `python docs/screenshots.py`.
 
-The release of docs/examples/release is made without double quantization, so that it is over its budget, and the scales
-of one weight are set to zero. Needs Chromium.
+The release of docs/examples/release is made without double quantization, so that it is over its budget, and the nibbles
+of one weight are swapped. Needs Chromium.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def break_release(example: Path) -> None:
     runpy.run_path(str(script))
     path = example / "models/tiny-llama-nf4/model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    tensors[f"{BROKEN}.absmax"].zero_()
+    tensors[BROKEN] = (tensors[BROKEN] >> 4) | (tensors[BROKEN] << 4)
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
 
 

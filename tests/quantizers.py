@@ -20,14 +20,14 @@ from tests import gguf_files
 from tests.cases import Made, compressed_tensors, mlx, onnx
 from tests.scheme_table import saved
 
-Quantize = Callable[[torch.Tensor], LogicalTensor]
+# Given the weight, and a folder for what is written.
+Quantize = Callable[[torch.Tensor, Path], LogicalTensor]
 
 
 class Quantizer(NamedTuple):
     """A quantizer, and the SQNR in dB that fidelity-metrics has of Gaussian, Student-t and outlier weights.
 
-    `multiple` divides the columns that it takes, and `rows` the rows. `tolerance` is how far
-    in dB a prediction may be off.
+    `multiple` divides the columns that it takes, and `rows` the rows.
     """
 
     id: str
@@ -37,7 +37,6 @@ class Quantizer(NamedTuple):
     outliers: float | None = None
     multiple: int = 1
     rows: int = 1
-    tolerance: float = 0.1
 
 
 def holder(**members) -> nn.Module:
@@ -58,14 +57,14 @@ def live(model: nn.Module) -> LogicalTensor:
     return tensor
 
 
-def on_disk(made: Made) -> LogicalTensor:
-    """A tensor of a file that outlives its folder: it is read into memory."""
-    folder = Path(tempfile.mkdtemp(prefix="quantizer-"))
-    return next(tensor for tensor in inspect(saved(made, folder)).parameters if tensor.quantized)
+def on_disk(made: Made, folder: Path) -> LogicalTensor:
+    """The quantized tensor of what is written to a folder of its own within another."""
+    path = saved(made, Path(tempfile.mkdtemp(dir=folder)))
+    return next(tensor for tensor in inspect(path).parameters if tensor.quantized)
 
 
 def bnb_4bit(quant_type: str, blocksize: int = 64, *, nested: bool = False) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         layer = bnb.nn.Linear4bit(
             values.shape[1], values.shape[0], bias=False, quant_type=quant_type, compress_statistics=nested
         )
@@ -75,20 +74,25 @@ def bnb_4bit(quant_type: str, blocksize: int = 64, *, nested: bool = False) -> Q
     return quantize
 
 
-def bnb_8bit(values: torch.Tensor) -> LogicalTensor:
+def bnb_8bit(values: torch.Tensor, folder: Path) -> LogicalTensor:
     layer = bnb.nn.Linear8bitLt(values.shape[1], values.shape[0], bias=False, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(values.clone(), requires_grad=False, has_fp16_weights=False)
     return live(layer.to("cpu"))
 
 
 def gguf(kind: str) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         library = pytest.importorskip("gguf", reason="the gguf package quantizes")
         raw = library.quants.quantize(values.numpy(), library.GGMLQuantizationType[kind])
-        tensor = gguf_files.Tensor("layer.weight", kind, tuple(values.shape), raw.tobytes())
-        return on_disk(Made(None, write=lambda folder: _write(folder / "model.gguf", gguf_files.gguf([tensor]))))
+        return gguf_tensor(kind, tuple(values.shape), raw.tobytes(), folder)
 
     return quantize
+
+
+def gguf_tensor(kind: str, shape: tuple[int, ...], raw: bytes, folder: Path) -> LogicalTensor:
+    """The tensor of a GGUF file that has only one."""
+    content = gguf_files.gguf([gguf_files.Tensor("layer.weight", kind, shape, raw)])
+    return on_disk(Made(None, write=lambda within: _write(within / "model.gguf", content)), folder)
 
 
 def _write(path: Path, content: bytes) -> Path:
@@ -97,7 +101,7 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def quanto(qtype: str) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         library = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
         model = holder(layer=linear(values))
         library.quantize(model, weights=qtype)
@@ -108,7 +112,7 @@ def quanto(qtype: str) -> Quantize:
 
 
 def torchao(configuration: str, **options) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         logging.getLogger("torchao").setLevel(logging.ERROR)
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         made = {name: option(library) if callable(option) else option for name, option in options.items()}
@@ -120,7 +124,7 @@ def torchao(configuration: str, **options) -> Quantize:
 
 
 def torchao_float8(granularity: str, *sizes: tuple[int, int], dtype=torch.float8_e4m3fn) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         library = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         kind = getattr(library, granularity)(*sizes)
         weight = library.Float8Tensor.from_hp(values, float8_dtype=dtype, granularity=kind)
@@ -130,7 +134,7 @@ def torchao_float8(granularity: str, *sizes: tuple[int, int], dtype=torch.float8
 
 
 def torchao_mx(element) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
@@ -139,7 +143,7 @@ def torchao_mx(element) -> Quantize:
     return quantize
 
 
-def torchao_nvfp4(values: torch.Tensor) -> LogicalTensor:
+def torchao_nvfp4(values: torch.Tensor, folder: Path) -> LogicalTensor:
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
@@ -148,7 +152,7 @@ def torchao_nvfp4(values: torch.Tensor) -> LogicalTensor:
     return live(holder(weight=nn.Parameter(weight, requires_grad=False)))
 
 
-def torchao_nf4(values: torch.Tensor) -> LogicalTensor:
+def torchao_nf4(values: torch.Tensor, folder: Path) -> LogicalTensor:
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
@@ -156,8 +160,8 @@ def torchao_nf4(values: torch.Tensor) -> LogicalTensor:
 
 
 def compressed(form: str, **weights) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
-        return on_disk(compressed_tensors.compressed(form, *values.shape, values=values, **weights)())
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
+        return on_disk(compressed_tensors.compressed(form, *values.shape, values=values, **weights)(), folder)
 
     return quantize
 
@@ -169,22 +173,30 @@ def packed(bits: int, group: int | None, *, symmetric: bool) -> Quantize:
     )
 
 
+MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "dtype": torch.bfloat16}
+NV = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn", "dtype": torch.bfloat16}
+
+
+def floats(form: str, bits: int, **weights) -> Quantize:
+    return compressed(form, num_bits=bits, type="float", symmetric=True, **weights)
+
+
 def mlx_of(mode: str, group: int, bits: int) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
-        return on_disk(mlx.quantized(tuple(values.shape), mode, group, bits, values=values)())
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
+        return on_disk(mlx.quantized(tuple(values.shape), mode, group, bits, values=values)(), folder)
 
     return quantize
 
 
 def matmul_nbits(bits: int, block: int, *, symmetric: bool) -> Quantize:
-    def quantize(values: torch.Tensor) -> LogicalTensor:
+    def quantize(values: torch.Tensor, folder: Path) -> LogicalTensor:
         rows, columns = values.shape
-        return on_disk(onnx.matmul_nbits(bits, block, columns, symmetric=symmetric, rows=rows, values=values)())
+        return on_disk(onnx.matmul_nbits(bits, block, columns, symmetric=symmetric, rows=rows, values=values)(), folder)
 
     return quantize
 
 
-def torch_ao(values: torch.Tensor) -> LogicalTensor:
+def torch_ao(values: torch.Tensor, folder: Path) -> LogicalTensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(holder(layer=linear(values)), {nn.Linear})
@@ -216,6 +228,11 @@ QUANTIZERS = [
     Quantizer("ct-int3-128-sym", packed(3, 128, symmetric=True), None, None, None, multiple=128),
     Quantizer("ct-int3-128-asym", packed(3, 128, symmetric=False), 13.33, 10.95, 12.00, multiple=128, rows=16),
     Quantizer("ct-int2-128-asym", packed(2, 128, symmetric=False), 5.97, 4.49, 5.61, multiple=128, rows=16),
+    Quantizer("ct-float8-channel", floats("float-quantized", 8, strategy="channel"), 31.55),
+    Quantizer("ct-float8-tensor", floats("float-quantized", 8, strategy="tensor"), 31.55),
+    Quantizer("ct-mxfp8", floats("mxfp8-quantized", 8, **MX), multiple=32),
+    Quantizer("ct-mxfp4", floats("mxfp4-pack-quantized", 4, **MX), multiple=32),
+    Quantizer("ct-nvfp4", floats("nvfp4-pack-quantized", 4, **NV), multiple=16),
     Quantizer("gguf-q8_0", gguf("Q8_0"), 45.4, 43.4, 44.0, multiple=32),
     Quantizer("gguf-q5_1", gguf("Q5_1"), 28.44, 27.23, 27.99, multiple=32),
     Quantizer("gguf-q5_0", gguf("Q5_0"), 27.39, 25.39, 26.02, multiple=32),
@@ -244,7 +261,7 @@ QUANTIZERS = [
     Quantizer("quanto-qint2", quanto("qint2"), 6.00, 3.58, multiple=128),
     Quantizer("quanto-qfloat8", quanto("qfloat8"), 31.55),
     Quantizer("mlx-4bit-64", mlx_of("affine", 64, 4), multiple=64),
-    Quantizer("mlx-mxfp4", mlx_of("mxfp4", 32, 4), multiple=32, tolerance=0.25),
+    Quantizer("mlx-mxfp4", mlx_of("mxfp4", 32, 4), multiple=32),
     Quantizer("mlx-nvfp4", mlx_of("nvfp4", 16, 4), multiple=32),
     Quantizer("mlx-mxfp8", mlx_of("mxfp8", 32, 8), multiple=32),
     Quantizer("onnx-nbits-4-32-sym", matmul_nbits(4, 32, symmetric=True), multiple=32),
@@ -252,3 +269,23 @@ QUANTIZERS = [
     Quantizer("onnx-nbits-8-64-sym", matmul_nbits(8, 64, symmetric=True), multiple=64),
     Quantizer("torch-ao-dynamic", torch_ao),
 ]  # fmt: skip
+
+
+def lines() -> list[str]:
+    """Return the table of docs/reference/expectation.md: what each quantizer keeps of 256 x 4096 values."""
+    from tests.test_expectation import DISTRIBUTIONS, db
+    from tests.test_fidelity import weights
+
+    references = [weights(distribution, 256, 4096) for distribution in DISTRIBUTIONS]
+    rows = ["| quantizer | bits per weight | Gaussian | Student-t | outliers |", "|---|---:|---:|---:|---:|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for quantizer in QUANTIZERS:
+            made = [quantizer.quantize(reference, Path(folder)) for reference in references]
+            kept = [f"{db(tensor.decode(), values):.2f}" for tensor, values in zip(made, references, strict=True)]
+            bits = f"{made[0].bits_per_weight:.2f}"
+            rows.append("| " + " | ".join([f"`{quantizer.id}`", bits, *kept]) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

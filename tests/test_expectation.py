@@ -10,10 +10,14 @@ import pytest
 import safetensors
 import torch
 
+from pytest_quantcheck import assert_dequant_fidelity, inspect
+from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.fidelity import sqnr_db
 from pytest_quantcheck.schemes import rounding
 from pytest_quantcheck.tensor import LogicalTensor
-from tests.quantizers import QUANTIZERS, Quantizer
+from tests.golden import file
+from tests.quantizers import QUANTIZERS, Quantizer, gguf_tensor
+from tests.test_fidelity import plain as plain_model
 from tests.test_fidelity import weights
 
 each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=[quantizer.id for quantizer in QUANTIZERS])
@@ -34,6 +38,22 @@ def predicted(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor.rounding.nearest(tensor, rows, largest) for rows in reference.split(step)])
 
 
+# Formats of so few levels shrink heavy tails by more than the limit of the gain allows.
+FEW_LEVELS = ("ct-int2", "ggml-tq2_0", "quanto-qint2")
+
+
+def passes(tensor: LogicalTensor, reference: torch.Tensor) -> None:
+    """The whole check, as it is by default."""
+    if tensor.scheme in FEW_LEVELS:
+        return
+    (plain,) = inspect(plain_model(weight=reference)).tensors
+    assert_dequant_fidelity(alone(tensor), alone(plain._replace(name=tensor.name)))
+
+
+def alone(tensor: LogicalTensor) -> Artifact:
+    return Artifact("one tensor", "live", (tensor,), tensor.nbytes)
+
+
 def beyond(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
     """Where the error is over half of the step."""
     gaps = tensor.rounding.steps(tensor, 0, tensor.rows, "cpu")
@@ -41,24 +61,25 @@ def beyond(tensor: LogicalTensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 @each_quantizer
-def test_rounding_to_nearest_predicts_what_the_library_reaches(quantizer: Quantizer):
+def test_rounding_to_nearest_predicts_what_the_library_reaches(quantizer: Quantizer, tmp_path):
     for distribution in DISTRIBUTIONS:
         reference = weights(distribution, 128, 768)
-        tensor = quantizer.quantize(reference)
+        tensor = quantizer.quantize(reference, tmp_path)
         measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
-        assert measured == pytest.approx(expected, abs=quantizer.tolerance), distribution
+        assert measured == pytest.approx(expected, abs=0.1), distribution
         if tensor.rounding.steps is not None:
             assert int(beyond(tensor, reference).sum()) == 0, distribution
+        passes(tensor, reference)
 
 
 # The table of docs/reference/expectation.md, which others measured on 1024 x 4096 values; heavy tails and outliers
 # vary more from draw to draw, most of all under a scale for many values.
 @each_quantizer
-def test_the_published_table_is_reached(quantizer: Quantizer):
+def test_the_published_table_is_reached(quantizer: Quantizer, tmp_path):
     if quantizer.gaussian is None:
         pytest.skip("the table has no number for it")
     reference = weights("gaussian", 256, 4096)
-    assert db(quantizer.quantize(reference / 0.02).decode(), reference / 0.02) == pytest.approx(
+    assert db(quantizer.quantize(reference / 0.02, tmp_path).decode(), reference / 0.02) == pytest.approx(
         quantizer.gaussian, abs=0.1
     )
 
@@ -112,21 +133,22 @@ def real_weights() -> torch.Tensor:
 
 
 @each_quantizer
-def test_real_weights_are_as_expected(quantizer: Quantizer):
+def test_real_weights_are_as_expected(quantizer: Quantizer, tmp_path):
     reference = real_weights()
     if reference.shape[1] % quantizer.multiple:
         reference = reference[:, : reference.shape[1] // quantizer.multiple * quantizer.multiple].contiguous()
-    tensor = quantizer.quantize(reference)
+    tensor = quantizer.quantize(reference, tmp_path)
     measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
-    assert measured == pytest.approx(expected, abs=quantizer.tolerance)
+    assert measured == pytest.approx(expected, abs=0.1)
     if tensor.rounding.steps is not None:
         assert int(beyond(tensor, reference).sum()) == 0
+    passes(tensor, reference)
 
 
 @each_quantizer
-def test_hard_weights_are_as_expected(quantizer: Quantizer):
+def test_hard_weights_are_as_expected(quantizer: Quantizer, tmp_path):
     for kind, reference in hard(quantizer).items():
-        tensor = quantizer.quantize(reference)
+        tensor = quantizer.quantize(reference, tmp_path)
         decoded = tensor.decode()
         if decoded.isnan().any() and (reference == 0).all(dim=1).any():
             continue  # the library divides zeros by a scale of zero: what it writes is not healthy
@@ -170,9 +192,9 @@ CORRUPTED = [quantizer for quantizer in QUANTIZERS if quantizer.id in NAMES]
 
 
 @pytest.mark.parametrize("quantizer", CORRUPTED, ids=[quantizer.id for quantizer in CORRUPTED])
-def test_one_wrong_byte_of_codes_is_found_where_it_is(quantizer: Quantizer):
+def test_one_wrong_byte_of_codes_is_found_where_it_is(quantizer: Quantizer, tmp_path):
     reference = weights("gaussian", 128, 768)
-    tensor = quantizer.quantize(reference)
+    tensor = quantizer.quantize(reference, tmp_path)
     broken, value = with_one_byte_wrong(tensor, 0, tensor.stored.nbytes // 3)
     found = beyond(broken, reference).view(-1).nonzero().view(-1).tolist()
     per_byte = tensor.params // tensor.stored.nbytes
@@ -184,9 +206,9 @@ def test_one_wrong_byte_of_codes_is_found_where_it_is(quantizer: Quantizer):
 
 
 @pytest.mark.parametrize("quantizer", CORRUPTED, ids=[quantizer.id for quantizer in CORRUPTED])
-def test_a_block_whose_scale_is_wrong_is_found_where_it_is(quantizer: Quantizer):
+def test_a_block_whose_scale_is_wrong_is_found_where_it_is(quantizer: Quantizer, tmp_path):
     reference = weights("gaussian", 128, 768)
-    tensor = quantizer.quantize(reference)
+    tensor = quantizer.quantize(reference, tmp_path)
     broken, _ = with_one_byte_wrong(tensor, 1, tensor.parts[1].stored.nbytes // 2 + 3)
     found = beyond(broken, reference).view(-1).nonzero().view(-1)
     block = tensor.block or tensor.columns
@@ -194,13 +216,33 @@ def test_a_block_whose_scale_is_wrong_is_found_where_it_is(quantizer: Quantizer)
     assert int(found.max()) // block == int(found.min()) // block
 
 
-def test_steps_by_hand():
+def test_steps_by_hand(tmp_path):
     """Codes of NF4: -1 and 0 and 1 under an absmax of 2, and half of the wider gap beside each."""
     quantizer = next(quantizer for quantizer in QUANTIZERS if quantizer.id == "bnb-nf4-64")
     values = torch.zeros(1, 64)
     values[0, 0], values[0, 1] = -2.0, 2.0
-    tensor = quantizer.quantize(values)
+    tensor = quantizer.quantize(values, tmp_path)
     gaps = tensor.rounding.steps(tensor, 0, 1, "cpu")[0]
     widest = 2 * torch.tensor([1 - 0.6961928, 1 - 0.72295684, 0.09105004])
-    assert torch.allclose(gaps[:3], widest * (1 + 2**-8) + 2 * torch.tensor([1.0, 1.0, 0.0]) * 2**-8, rtol=1e-4)
+    assert torch.allclose(gaps[:3], widest * (1 + 2**-7) + 2 * torch.tensor([1.0, 1.0, 0.0]) * 2**-7, rtol=1e-4)
     assert math.isfinite(float(gaps.sum()))
+
+
+# The types that ggml searches: written by its own C code, without and with an importance matrix.
+
+
+@pytest.mark.parametrize("name", file.read("ggml_search"))
+def test_what_ggml_searches_is_predicted(name, tmp_path):
+    found = file.read("ggml_search")[name]
+    reference = weights("student-t", *found.values.shape)
+    tensor = gguf_tensor(
+        found.record["type"], tuple(reference.shape), found.tensors["blocks"].numpy().tobytes(), tmp_path
+    )
+    measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
+    print(f"{name:15} {measured:.2f} predicted {expected:.2f}")
+    if name.endswith("imatrix"):
+        assert expected - tensor.rounding.margin_db <= measured < expected + 0.1
+    else:
+        assert measured == pytest.approx(expected, abs=0.1)
+    assert int(beyond(tensor, reference).sum()) == 0
+    assert torch.equal(tensor.decode(), found.values)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_GROUPS = 256
+MAX_HEAD = 512  # rows
 MAX_GRID = 1 << 22  # scales that are held at once to be transposed
 FLOATS = {
     "F16": ("BF16",),
@@ -95,9 +96,9 @@ def float_formats(sample: Sample) -> Iterator[Attempt]:
         for dtype in FLOATS.get(part.stored.dtype, ()):
             other = rewritten.part(sample.tensor, part.name, dtype=dtype)
             words = f"`{part.name}` read as {dtype}, not {part.stored.dtype}"
-            yield _read(
-                sample, "float-format", words, other, f"the bytes are {dtype}: the dtype in the header is wrong"
-            )
+            doubled = ", or the scales are doubled" if dtype.endswith("FNUZ") else ""
+            advice = f"the bytes are {dtype} and the dtype in the header is wrong{doubled}"
+            yield _read(sample, "float-format", words, other, advice)
 
 
 def scales(sample: Sample) -> Iterator[Attempt]:
@@ -162,6 +163,20 @@ def group_order(sample: Sample) -> Iterator[Attempt]:
         advice = f"`{part.name}` is not the one that the codes were made with"
         pairs = partial(_best_groups, sample, part, groups)
         yield Attempt("group-index", "each column in the group that fits it best", pairs, advice)
+
+
+def heads(sample: Sample) -> Iterator[Attempt]:
+    """Rows paired in heads of another size, or never paired, where the artifact says that they are."""
+    tensor = sample.tensor
+    if tensor.paired_rows is None:
+        return
+    advice = "the converter took another number of heads (grouped queries have fewer keys)"
+    for size in range(4, min(tensor.rows, MAX_HEAD) + 1, 2):
+        if tensor.rows % size == 0 and size != tensor.paired_rows:
+            words = f"rows paired in heads of {size}, not {tensor.paired_rows}"
+            yield _read(sample, "rotary-heads", words, tensor._replace(paired_rows=size), advice)
+    unpaired = tensor._replace(paired_rows=None)
+    yield _read(sample, "rotary-heads", "rows as they are stored", unpaired, "the converter did not pair them")
 
 
 def _best_groups(sample: Sample, part: Part, groups: int) -> list[Pair]:

@@ -40,7 +40,8 @@ class Diagnosis(NamedTuple):
     def __str__(self) -> str:
         if self.tried_db is None:
             return f"{self.name}: {self.words}"
-        proof = f"{self.name}: with {self.words}: {self.tried_db:.1f} dB (stored: {self.stored_db:.1f} dB)"
+        tried = "no error" if self.tried_db == math.inf else f"{self.tried_db:.1f} dB"
+        proof = f"{self.name}: with {self.words}: {tried} (stored: {self.stored_db:.1f} dB)"
         return f"{proof}; {self.advice}" if self.advice else proof
 
 

@@ -23,13 +23,14 @@ FIRST: tuple[tuple[str, rounding.Round, int], ...] = (
     ("int4 in groups of 32", rounding.affine(4), 32),
     ("ggml's Q4_0", rounding.extreme(4), 32),
 )
-MISSING_DB = 0.5
+LEAST_MISSING_DB, MOST_MISSING_DB = 0.5, 10.0
 SAME_DB = 35.0
 
 
 def requantized(sample: Sample) -> Iterator[Attempt]:
     """Quantized from values that were quantized before, where rounding the original would have kept more."""
-    if sample.rounding_db is None or sample.stored_db > sample.rounding_db - MISSING_DB:
+    keeps = sample.rounding_db
+    if keeps is None or not keeps - MOST_MISSING_DB < sample.stored_db < keeps - LEAST_MISSING_DB:
         return
     for words, round_, block in FIRST:
         first = _rounding(sample.tensor, round_, block)

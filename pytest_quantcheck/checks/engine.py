@@ -221,8 +221,7 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
     rounding = tensor.rounding
     largest = _largest(reference, device) if rounding is not None and rounding.whole else None
     exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
-    for start, wanted in _reference_rows(slab, reference):
-        decoded = tensor.decode(start, start + len(wanted), device)
+    for start, decoded, wanted in _decoded(slab, tensor, reference):
         changed = _changed(tensor, decoded, wanted) if exact else 0
         rounded = None if rounding is None else rounding.nearest(tensor, wanted, largest)
         found = window.measure(decoded, wanted, rounded, block=tensor.block, first=start)
@@ -253,18 +252,29 @@ def _held(tensor: LogicalTensor) -> LogicalTensor:
     return tensor._replace(parts=(first, *parts))
 
 
-def _reference_rows(slab: Slab, reference: LogicalTensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the first row of each window and its reference; many windows at once where rows are columns of a matrix."""
-    if not slab.tensor.params:
+def _decoded(
+    slab: Slab, tensor: LogicalTensor, reference: LogicalTensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield the first row of each window and both sides of it; many are decoded at once where that is cheaper."""
+    if not tensor.params:
         return
     strip = slab.step
-    if views.is_turned(reference):
-        strip = max(slab.step, STRIP // max(1, slab.tensor.columns) // slab.step * slab.step)
+    if views.is_turned(reference) or _lies_across(tensor):
+        strip = max(slab.step, STRIP // max(1, tensor.columns) // slab.step * slab.step)
     for low in range(slab.start, slab.stop, strip):
         high = min(low + strip, slab.stop)
-        rows = reference.decode(low, high, slab.device)
-        for start in range(low, high, slab.step):
-            yield start, rows[start - low : min(start + slab.step, high) - low]
+        ours, theirs = (one.decode(low, high, slab.device) for one in (tensor, reference))
+        for start in range(0, high - low, slab.step):
+            stop = start + slab.step
+            yield low + start, ours[start:stop], theirs[start:stop]
+
+
+def _lies_across(tensor: LogicalTensor) -> bool:
+    """Whether codes seem to be stored with inputs first, so that some rows are a little of every stored row."""
+    shape = tensor.stored.shape
+    if not tensor.quantized or len(shape) != 2:
+        return False
+    return 1 < shape[1] == tensor.rows > shape[0] or shape[0] == tensor.columns > shape[1] > 1
 
 
 def _largest(reference: LogicalTensor, device: str) -> float:

@@ -17,7 +17,7 @@ from pytest_quantcheck.checks import smoothing
 from pytest_quantcheck.checks.alignment import align
 from pytest_quantcheck.checks.diagnosis import diagnose
 from pytest_quantcheck.checks.engine import measure, measure_each
-from pytest_quantcheck.checks.limits import Limits, judge, outliers, require_matches
+from pytest_quantcheck.checks.limits import Limits, expects_rounding, judge, outliers, require_matches
 from pytest_quantcheck.checks.metrics import Fidelity, sqnr_db
 from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.pairing import pair as pair_tensors
@@ -63,7 +63,10 @@ def compare(
     pairs, findings = pairing.pairs, list(pairing.findings)
     require_matches(limits, [tensor.name for tensor, _ in pairs])
     measured = measure_each(
-        pairs,
+        [
+            (tensor if expects_rounding(tensor, limits) else tensor._replace(rounding=None), other)
+            for tensor, other in pairs
+        ],
         device=device,
         in_steps=limits.max_steps is not None,
         executor=executor,

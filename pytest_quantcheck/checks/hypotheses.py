@@ -41,6 +41,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(("zero-point-off-by-one", "zero-points-not-meant"), conventions.zero_points),
     Hypothesis(("codes-off-by-one",), conventions.code_offsets),
     Hypothesis(("group-index",), conventions.group_order),
+    Hypothesis(("rotary-heads",), conventions.heads),
     Hypothesis(("transposed",), orders.transposed),
     Hypothesis(("rotary-pairs", "rows-permuted"), orders.row_order),
     Hypothesis(("columns-permuted",), orders.column_order),

@@ -78,6 +78,11 @@ def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
     return row._replace(expected_sqnr_db=expected, faults=tuple(faults))
 
 
+def expects_rounding(tensor: LogicalTensor, limits: Limits) -> bool:
+    """Whether anything that is asked of a tensor depends on how its encoding rounds."""
+    return _given(tensor.name, limits) == "auto" or limits.max_steps is not None
+
+
 def require_matches(limits: Limits, names: Iterable[str]) -> None:
     """Raise a ValueError for a pattern of `min_sqnr_db` that matches no tensor."""
     if not isinstance(limits.min_sqnr_db, Mapping):

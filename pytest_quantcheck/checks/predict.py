@@ -1,14 +1,16 @@
 """The size of a model that nobody has quantized yet: what a recipe writes, read by the schemes as a file would be.
 
-tensor bytes = what the tensors of the written files have, exactly
-file bytes   = tensor bytes + headers, metadata, padding: not predicted
+    tensor bytes = what the tensors of the written files have, exactly
+    file bytes   = tensor bytes + headers, metadata and padding
+
+Only tensor bytes are predicted.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_quantcheck import recipes
@@ -17,8 +19,8 @@ from pytest_quantcheck.checks.unquantized import unquantized
 from pytest_quantcheck.checks.why import Kind, plain_kind
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.quantities import parse_size
-from pytest_quantcheck.recipes.recipe import Unquantized
-from pytest_quantcheck.tensor import ByteClass, Container, LogicalTensor
+from pytest_quantcheck.recipes.recipe import Unquantized, Written
+from pytest_quantcheck.tensor import ByteClass, Container, LogicalTensor, StoredTensor
 
 # What people have: memory of accelerators is sold in GB and is GiB.
 BUDGETS = ("8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB", "80 GiB")
@@ -113,14 +115,23 @@ def predicted(name: str, model: Unquantized) -> Predicted:
         tensors = {stored.name: stored for stored in written.tensors}
     except ValueError as error:
         return Predicted(name, recipe.title, None, refused=str(error))
-    size = sum(stored.nbytes for stored in tensors.values())
-    config = {**model.config, "quantization_config": dict(written.quantization)} if written.quantization else {}
-    container = Container(recipe.container, f"{model.source} as {name}", tensors, size, configs={"config.json": config})
-    artifact = of_container(container)
+    artifact = of_container(_container(recipe.container, f"{model.source} as {name}", tensors, model, written))
     if artifact.logical_params != model.parameters:
         what = f"recipe `{name}` writes {artifact.logical_params:,} parameters of {model.parameters:,}"
         raise FormatError(what, file=model.source)
     return Predicted(name, recipe.title, artifact, written.less)
+
+
+def _container(
+    kind: str, source: str, tensors: Mapping[str, StoredTensor], model: Unquantized, written: Written
+) -> Container:
+    """The tensors as a container without headers; recipes tell what is tied, there are no values to compare."""
+    config = {**model.config, "tie_word_embeddings": False}
+    config.pop("quantization_config", None)
+    if written.quantization:
+        config["quantization_config"] = dict(written.quantization)
+    size = sum(stored.nbytes for stored in tensors.values())
+    return Container(kind, source, tensors, size, configs={"config.json": config})
 
 
 def _within(size: int, rows: Sequence[Predicted]) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """A few windows of a tensor and of its reference, decoded: enough to try a hypothesis, whatever the tensor's size.
 
-windows  at most four, whole rows, evenly spread, each starting where a block starts
-head     the first rows, more of them: whole attention heads for questions about the order of rows
+    windows  at most four, whole rows, evenly spread, each starting where a block starts; one more where a fault is known
+    head     the first rows, more of them: whole attention heads for questions about the order of rows
+
+Both are decoded once.
 """
 
 from __future__ import annotations
@@ -67,8 +69,9 @@ class Sample:
         starts = {(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)}
         spans = {start: start + size for start in starts}
         if self.near is not None:
-            start = self.near // aligned * aligned
-            spans[start] = min(rows, start + max(size, aligned))
+            unit = math.lcm(grid, _rows_of_block(self.tensor))
+            start = self.near // unit * unit
+            spans[start] = min(rows, start + max(size, unit))
         return tuple(self.window(*span) for span in sorted(spans.items()))
 
     @cached_property

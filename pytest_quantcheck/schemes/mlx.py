@@ -99,7 +99,7 @@ def _rounding(layout: Layout, scales: StoredTensor, *, scaled: bool) -> Rounding
     if layout.mode == "mxfp8":
         to_float = rounding.small_float("float8_e4m3fn", scale="ceil")
         return rounding.grouped(to_float, layout.group, steps=steps.floats("float8_e4m3fn", clips=True))
-    scale: rounding.ScaleKind = "nearest" if layout.mode == "mxfp4" else "e4m3-scaled" if scaled else "e4m3"
+    scale: rounding.ScaleKind = "ceil" if layout.mode == "mxfp4" else "e4m3-scaled" if scaled else "e4m3"
     gaps = steps.levels(packing.E2M1, 1.0, 0x22, clips=True)
     return rounding.grouped(rounding.codebook(packing.E2M1, scale=scale), layout.group, steps=gaps)
 

@@ -14,7 +14,7 @@
     whole        one block
 
 A scale is kept in float32, bfloat16 or float16 (`float16-late`: rounded after the codes were chosen); as a power of two
-(`floor`, `ceil`, `even`, `nearest`: that is how its exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of
+(`floor`, `ceil`, `even`: that is how its exponent is found); as E4M3 (`e4m3`), or as E4M3 under one scale of
 the window (`e4m3-scaled`); or in 8 bits under one more, as bitsandbytes (`nested`) and torchao (`nested-int8`) do.
 
 Left out: what a quantizer does beyond rounding. Calibrated methods minimize another error, and get a wider margin.
@@ -41,7 +41,6 @@ ScaleKind = Literal[
     "floor",
     "ceil",
     "even",
-    "nearest",
     "e4m3",
     "e4m3-scaled",
     "nested",
@@ -353,8 +352,6 @@ def _kept(exact: torch.Tensor, kind: ScaleKind, top: float) -> torch.Tensor:
             return _power(torch.floor(torch.log2(exact * top)) - math.floor(math.log2(top)), exact)
         case "ceil":
             return _power(torch.ceil(torch.log2(exact)), exact)
-        case "nearest":
-            return _power(torch.round(torch.log2(exact)), exact)
         case "even":
             mantissa, exponent = torch.frexp(exact * top)  # 0.5 to 1: rounded to one bit as E2M1 rounds
             return _power(exponent - 1 + (mantissa >= 0.875).int() - math.floor(math.log2(top)), exact)

@@ -65,7 +65,7 @@ def compressed(form: str, rows: int, columns: int, *, dtype=F32, bias=False, val
         torch.manual_seed(rows * columns)
         layer = nn.Linear(columns, rows, bias=bias, dtype=dtype)
         if values is not None:
-            layer.weight.data = values.clone()
+            layer.weight.data = values.to(dtype, copy=True)
         initialize_module_for_quantization(layer, scheme, force_zero_point=not scheme.weights.symmetric)
         if hasattr(layer, "weight_global_scale"):
             layer.weight_global_scale.data = 448 * 6 / layer.weight.abs().max().view(1).float()
