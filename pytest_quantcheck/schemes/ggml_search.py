@@ -8,8 +8,8 @@ to the code nearest to it under the scale that came out.
 Source: llama.cpp, ggml/src/ggml-quants.c, `quantize_row_*_ref`, `make_qkx2_quants`, `make_qx_quants`,
 `quantize_row_iq4_nl_impl`.
 
-Left out: of the 15 to 21 spreads that ggml tries, all but two to eight; and Q3_K's search code by code, for which one
-more fit stands. Together they cost less than 0.06 dB.
+Left out: of the 15 to 21 spreads that ggml tries, all but two to eleven; and Q3_K's search code by code, for which one
+more fit stands. Together they cost less than 0.1 dB.
 """
 
 from __future__ import annotations
