@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-pre-commit check lint types contracts docs bench format lock clean help
+.PHONY: demo test test-pre-commit check lint types contracts docs screenshots bench format lock clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +54,10 @@ contracts: $(READY)
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs: docs/_build/html/index.html"
+
+# The pictures in docs/howto/reports.md; needs Chromium.
+screenshots: $(READY)
+	$(BIN)/python docs/screenshots.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -8,7 +8,7 @@ In README.md and docs/**/*.md, in a folder with the checkpoints of `checkpoints`
     ```console   each `$ quantcheck ...` and `$ pytest ...` is run in a terminal of 80 columns, and its output must
                  be what is shown; a line `...` stands for any lines. Other commands are not run, nor is pytest
                  without a file of the page
-    ```toml      must parse
+    ```toml      must parse; saved where its first line names it: `# quantcheck.toml`
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ MODULES = {"quantcheck": "pytest_quantcheck", "quantcheck-lint": "quantcheck_lin
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tiny-llama` (bfloat16), `tiny-llama-nf4` and the layout of Mistral-7B in NF4, `mistral-7b-nf4`."""
+    """A folder with `tiny-llama` (bfloat16), `tiny-llama-nf4`, the layout of Mistral-7B in NF4, and `tiny-onnx`."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-    from tests import layouts
+    from tests import layouts, smollm2
 
     folder = tmp_path_factory.mktemp("checkpoints")
     sizes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
@@ -56,6 +56,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "tiny-llama", quantization_config=nf4, device_map={"": "cpu"}, dtype=torch.bfloat16
     ).save_pretrained(folder / "tiny-llama-nf4")
     layouts.write_folder(folder / "mistral-7b-nf4", layouts.mistral_7b(), layouts.MISTRAL_CONFIG)
+    (folder / "tiny-onnx").mkdir()
+    for name, model in (("", smollm2.fp32(smollm2.SMALL)), ("_q4", smollm2.four_bits(smollm2.fp32(smollm2.SMALL)))):
+        (folder / f"tiny-onnx/model{name}.onnx").write_bytes(model.SerializeToString())
     return folder
 
 
@@ -103,7 +106,7 @@ def run_console(example: Example) -> str | None:
         module = MODULES.get(program)
         if module is None or ">" in arguments or importlib.util.find_spec(f"{module}.__main__") is None:
             continue
-        if program == "pytest" and not any(argument.endswith(".py") for argument in arguments):
+        if program == "pytest" and not any(argument.endswith((".py", ".toml")) for argument in arguments):
             continue
         printed = in_terminal([sys.executable, "-m", module, *arguments], cwd=example.namespace["checkpoints"])
         if not matches(shown, printed):
@@ -119,7 +122,8 @@ def in_terminal(command: list[str], cwd: Path) -> str:
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    known = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COLUMNS", "LINES"))}
+    hidden = ("PYTEST_", "COLUMNS", "LINES", "CI", "GITHUB_")
+    known = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     paths = [str(ROOT), str(ROOT / "lint"), os.environ.get("PYTHONPATH", "")]
     environment = known | {"TERM": "dumb", "NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(command, cwd=cwd, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
@@ -142,8 +146,12 @@ def matches(shown: str, printed: str) -> bool:
 
 
 def parse_toml(example: Example) -> None:
-    """Fail where a configuration is not TOML."""
-    tomllib.loads(str(example.parsed))
+    """Fail where a configuration is not TOML, and save one that is named."""
+    source = str(example.parsed)
+    tomllib.loads(source)
+    named = re.match(r"# ([\w.]+\.toml)\n", source)
+    if named:
+        (example.namespace["checkpoints"] / named.group(1)).write_text(source)
 
 
 pages = Sybil(

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from pytest_quantcheck.asserts import (
         assert_bits_per_weight,
         assert_checkpoint_intact,
+        assert_delta_preserved,
         assert_dequant_fidelity,
         assert_kernel_parity,
         assert_logical_params,
+        assert_logits_close,
         assert_matches_baseline,
         assert_module_output,
         assert_not_quantized,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     )
     from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
     from pytest_quantcheck.finding import Finding
+    from pytest_quantcheck.quantities import grouped_bits_per_weight
     from pytest_quantcheck.tensor import LogicalTensor
 
 __all__ = [
@@ -38,9 +41,11 @@ __all__ = [
     "UnknownEncoding",
     "assert_bits_per_weight",
     "assert_checkpoint_intact",
+    "assert_delta_preserved",
     "assert_dequant_fidelity",
     "assert_kernel_parity",
     "assert_logical_params",
+    "assert_logits_close",
     "assert_matches_baseline",
     "assert_module_output",
     "assert_not_quantized",
@@ -50,6 +55,7 @@ __all__ = [
     "assert_size_budget",
     "assert_trainable_params",
     "count_params",
+    "grouped_bits_per_weight",
     "inspect",
     "logical_numel",
 ]
@@ -58,6 +64,7 @@ _MODULES = {
     "artifact": ("Artifact", "count_params", "inspect", "logical_numel"),
     "errors": ("FormatError", "NotDecodable", "UnknownEncoding"),
     "finding": ("Finding",),
+    "quantities": ("grouped_bits_per_weight",),
     "tensor": ("LogicalTensor",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

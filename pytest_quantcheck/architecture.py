@@ -87,8 +87,7 @@ def _ask(source: str, config: Mapping[str, object], shapes: Mapping[str, list[in
         raise FormatError(f"its model cannot be built: {lines[-1] if lines else process.returncode}", file=source)
     answer: dict[str, Any] = json.loads(process.stdout)
     if "unknown" in answer:
-        what = f"{answer['unknown']} is not in the installed transformers (remote code is never run)"
-        raise FormatError(f"its architecture is not known: {what}", file=source)
+        raise FormatError(f"its architecture is not known: {answer['unknown']}", file=source)
     return answer
 
 

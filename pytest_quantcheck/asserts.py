@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_quantcheck.artifact import Artifact, Subject, inspect
 from pytest_quantcheck.checks import coverage, integrity, params, same_weights, size
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pytest_quantcheck.checks.delta import Deltas
     from pytest_quantcheck.checks.fidelity import Comparison
     from pytest_quantcheck.checks.kernel_parity import Parities
+    from pytest_quantcheck.checks.logits import Agreement
     from pytest_quantcheck.checks.module_output import Outputs
+    from pytest_quantcheck.models import ModelSource
 
 
 def assert_logical_params(
@@ -130,6 +133,7 @@ def assert_dequant_fidelity(
     min_block_sqnr_db: float | Literal["auto"] = "auto",
     max_error: float | None = None,
     equal: bool = True,
+    max_steps: float | None = None,
     device: str = "cpu",
     executor: Executor | None = None,
 ) -> Comparison:
@@ -139,15 +143,16 @@ def assert_dequant_fidelity(
     or the floor of the encoding where that is not known; a mapping of name patterns to dB), `gain` off 1 (`"auto"`:
     0.04, more for formats of two and three bits), `bias` in standard deviations of the reference, the SQNR of the worst
     block (`"auto"`: 3 dB, for block formats of four bits and more), and `max_error` in the units of the weights. Plain
-    tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. Work goes to `executor`
-    where one is given (processes for files only), else to threads.
+    tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. `max_steps` limits the
+    error in quantization steps, where they are known: 0.5 is what rounding to nearest has (slow). Work goes to
+    `executor` where one is given (to other processes for files only), else to threads.
     Comparing nothing, or nothing quantized, fails.
     """
     __tracebackhide__ = True
     require_torch("assert_dequant_fidelity decodes values")
     from pytest_quantcheck.checks import fidelity
 
-    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal)
+    limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal, max_steps)
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device, executor=executor)
     _require(fidelity.check_fidelity(comparison))
     return comparison
@@ -243,6 +248,59 @@ def assert_module_output(
     outputs = module_output.compare(model, artifact, batches=batches, dtypes=dtypes, seed=seed, skip=skip)
     _require(module_output.check_module_output(outputs))
     return outputs
+
+
+def assert_logits_close(
+    model: torch.nn.Module | ModelSource,
+    reference: torch.nn.Module | ModelSource,
+    inputs: Any,
+    *,
+    max_kl: float | None = None,
+    max_kl_median: float | None = None,
+    max_kl_99: float | None = None,
+    max_kl_999: float | None = None,
+    min_top1: float | None = None,
+    device: str = "cpu",
+) -> Agreement:
+    """Fail unless the model's next-token distributions are close to the reference's; return the statistics.
+
+    Limits on the Kullback-Leibler divergence per token, in nats: its mean, median, 99 and 99.9 percentile; and on the
+    share of tokens with the same most likely next token (0 to 1). At least one is needed: what is good depends on the
+    model. `inputs` are what a tokenizer returns, a tensor of token ids, or any iterable of those; tokens that the
+    attention mask leaves out do not count. A model that is a path or a function is loaded on `device` when it is its
+    turn and let go after it, so that only one is in memory.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_logits_close runs models")
+    from pytest_quantcheck import devices, models
+    from pytest_quantcheck.checks import logits
+
+    limits = logits.Limits(max_kl, max_kl_median, max_kl_99, max_kl_999, min_top1)
+    if limits == logits.Limits():
+        raise ValueError("a limit is needed: max_kl, max_kl_median, max_kl_99, max_kl_999 or min_top1")
+    agreement = logits.compare(
+        model, reference, inputs, load=lambda source: models.load(source, device), release=devices.release
+    )
+    _require(logits.check_logits(agreement, limits))
+    return agreement
+
+
+def assert_delta_preserved(
+    base: Subject, merged: Subject, quantized: Subject, *, min_db: float, device: str = "cpu"
+) -> Deltas:
+    """Fail unless an adapter that was merged is still there after quantization; return what is left of it.
+
+    `base` and `merged` are unquantized, before and after merging; `quantized` is made of `merged`. Per tensor that
+    merging changed: the adapter over the noise in dB, which has to be `min_db` or more. At 0 dB the noise is as large
+    as the adapter.
+    """
+    __tracebackhide__ = True
+    require_torch("assert_delta_preserved decodes values")
+    from pytest_quantcheck.checks import delta
+
+    deltas = delta.compare(inspect(base), inspect(merged), inspect(quantized), device=device)
+    _require(delta.check_delta(deltas, min_db))
+    return deltas
 
 
 def require_torch(what: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `quantcheck inspect`, `why`, `diff`, `compare`, `check`, `init`, `lint`.
+"""The command line: `quantcheck inspect`, `why`, `diff`, `predict`, `compare`, `check`, `init`, `lint`.
 
 Exit code 0: all good, notes and warnings included. 1: findings of severity error (`--strict`: warnings too).
 2: could not check; one line on stderr says why.
@@ -131,6 +131,37 @@ def diff(old: str, new: str, as_json: bool, limit: int) -> int:
     return OK
 
 
+@cli.command(short_help="Tell the size of a model before it is quantized.")
+@click.argument("path", type=click.Path())
+@json_option
+@click.option("--recipe", "recipes", multiple=True, metavar="NAME", help="Show this recipe in full; may be repeated.")
+@click.option(
+    "--fits",
+    multiple=True,
+    metavar="SIZE",
+    help="List what fits in SIZE, such as '24 GB' or '24 GiB'; may be repeated.",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Load the unquantized model in this dtype.")
+def predict(path: str, as_json: bool, recipes: tuple[str, ...], fits: tuple[str, ...], dtype: str | None) -> int:
+    """Tell how many bytes the tensors of PATH will have under each recipe, and what will fit.
+
+    PATH is a config.json or a folder with one (needs transformers), or an unquantized checkpoint. Tensor bytes are
+    exact; headers and tokenizers come on top. Without --recipe, a table of all recipes.
+    """
+    from pytest_quantcheck.checks.predict import predict as predict_sizes
+
+    prediction = predict_sizes(path, recipes, dtype=dtype, fits=fits)
+    if as_json:
+        from pytest_quantcheck.report.json import of_prediction
+
+        _print_json(of_prediction(prediction))
+    else:
+        from pytest_quantcheck.report.predictions import print_prediction
+
+        print_prediction(prediction, in_full=bool(recipes))
+    return OK
+
+
 @cli.command(short_help="Compare decoded values with the original.")
 @click.argument("path", type=click.Path())
 @click.argument("reference", type=click.Path())
@@ -145,6 +176,11 @@ def diff(old: str, new: str, as_json: bool, limit: int) -> int:
     "first pattern counts. May be given again.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to decode: cpu, cuda, cuda:1 ...")
+@click.option(
+    "--max-steps",
+    type=float,
+    help="Allow errors of so many quantization steps, where they are known; rounding to nearest has 0.5. Slow.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Spread the work over so many processes instead of threads.")
 @click.option("--dask", metavar="ADDRESS", help="Spread the work over the Dask cluster with this scheduler.")
 def compare(
@@ -153,6 +189,7 @@ def compare(
     as_json: bool,
     strict: bool,
     floors: tuple[str, ...],
+    max_steps: float | None,
     device: str,
     workers: int | None,
     dask: str | None,
@@ -164,7 +201,7 @@ def compare(
     from pytest_quantcheck.checks.fidelity import compare as compare_values
     from pytest_quantcheck.report.progress import progress
 
-    limits = Limits(min_sqnr_db=_floors(floors)) if floors else Limits()
+    limits = Limits(min_sqnr_db=_floors(floors) if floors else "auto", max_steps=max_steps)
     artifact, other = inspect_path(path), inspect_path(reference)
     _require_torch(device)
     with executors.chosen(workers, dask) as executor, progress("comparing") as told:
@@ -212,10 +249,15 @@ def check(
     """
     from pytest_quantcheck import config as configs
     from pytest_quantcheck import lock, runner
+    from pytest_quantcheck.report import sinks
 
     if update:
         lock.require_update_allowed(force)
-    planned = runner.plan(configs.load(config or configs.find()), device=device, update=update)
+    loaded = configs.load(config or configs.find())
+    documents = as_json or sinks.shows_documents(reports)
+    planned = runner.plan(loaded, device=device, update=update, documents=documents)
+    if update and not any("baseline" in entry.settings for entry in planned.entries()):
+        raise ValueError(f"{loaded.path}: no artifact has `baseline`, so there is nothing to update")
     return _report(runner.run(planned, only=only), as_json, reports)
 
 
@@ -231,7 +273,7 @@ def _report(run: Run, as_json: bool, reports: Mapping[str, str | None]) -> int:
         print_run(run, open_console())
     sinks.write(run, reports)
     sinks.tell_github(run, lambda text: print(text, file=sys.stderr))
-    return run["exit_code"]
+    return SIGNALLED if run["partial"] else run["exit_code"]
 
 
 @cli.command("check-size", short_help="Check the size budgets of the artifacts that files belong to.")
@@ -249,7 +291,7 @@ def check_size(paths: tuple[str, ...], config: str | None) -> int:
     loaded = configs.having(configs.load(config or configs.find()), paths, SIZES)
     if not loaded.entries:
         return OK
-    run = runner.run(runner.plan(loaded), keys=SIZES)
+    run = runner.run(runner.plan(loaded, documents=False), keys=SIZES)
     return _report(run, False, {}) if run["exit_code"] else OK
 
 

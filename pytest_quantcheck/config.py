@@ -74,8 +74,13 @@ class _Table(NamedTuple):
     def at(self, key: str) -> str:
         return f"{self.file}:{self.lines.get(key, self.lines[''])}"
 
+    @property
     def folder(self) -> str:
-        return os.path.dirname(self.file)
+        return os.path.dirname(self.file) or os.curdir
+
+    def resolved(self, path: str) -> str:
+        """A path of the file, from the working directory."""
+        return os.path.normpath(os.path.join(self.folder, os.path.expanduser(path)))
 
 
 def find(folder: str = "") -> str:
@@ -111,7 +116,7 @@ def load(path: str) -> Config:
         for index, table in enumerate(tables)
         for entry in _entries(_Table(path, table, _own_lines(lines, (*prefix, "artifact", index))))
     ]
-    return Config(path, tuple(_named(found)))
+    return Config(path, tuple(_named(found, os.path.dirname(path) or os.curdir)))
 
 
 def having(config: Config, paths: Iterable[str], keys: Collection[str]) -> Config:
@@ -171,30 +176,45 @@ def _at(path: str, lines: Mapping[Path, int], key: Path) -> str:
 def _entries(table: _Table) -> Iterator[Entry]:
     """The artifacts that one table stands for."""
     _check_keys(table)
-    settings = {key: _setting(table, key) for key in _READERS if key in table.values}
-    reference = _resolved(table, "reference")
-    if reference is not None:
-        settings = {key: settings.get(key, Limits()) for key in _READERS if key in {*settings, "fidelity"}}
-    elif "fidelity" in settings:
-        raise ValueError(f"{table.at('fidelity')}: `fidelity` needs a `reference`: the path of the unquantized model")
-    if not settings:
-        raise ValueError(f"{table.at('')}: checks nothing (give at least one of {', '.join(_READERS)})")
+    settings = _settings(table)
     where = {key: table.at(key if key in table.values else "reference") for key in ("path", *settings)}
-    marks = tuple(table.values.get("marks", ()))
-    blank = Entry("", "", settings, where, reference, table.values.get("message"), marks)
-    pattern = _resolved(table, "path")
-    assert pattern is not None
-    if not _MAGIC.search(pattern) or os.path.lexists(pattern):
-        yield blank._replace(path=pattern, name=table.values.get("name", ""))
-        return
-    paths = sorted(glob.glob(pattern, recursive=True))
-    if "name" in table.values and len(paths) > 1:
-        raise ValueError(f"{table.at('name')}: `name` is for one artifact, and `{pattern}` matches {len(paths)}")
+    blank = Entry(
+        table.values.get("name", ""),
+        "",
+        settings,
+        where,
+        table.resolved(table.values["reference"]) if "reference" in table.values else None,
+        table.values.get("message"),
+        tuple(table.values.get("marks", ())),
+    )
+    paths = _paths(table)
+    if blank.name and len(paths) > 1:
+        raise ValueError(f"{table.at('name')}: `name` is for one artifact, and `path` matches {len(paths)}")
     if not paths:
-        error = f"`{table.values['path']}` matches nothing ({table.at('path')})"
-        yield blank._replace(path=pattern, name=table.values.get("name", table.values["path"]), error=error)
+        pattern = table.values["path"]
+        yield blank._replace(path=table.resolved(pattern), error=f"`{pattern}` matches nothing ({table.at('path')})")
     for path in paths:
-        yield blank._replace(path=path, name=table.values.get("name", ""))
+        yield blank._replace(path=path)
+
+
+def _settings(table: _Table) -> dict[str, Any]:
+    """The settings in the order of `CHECKS`; a reference alone is compared as well as its encoding allows."""
+    found = {key: _setting(table, key) for key in _READERS if key in table.values}
+    if "reference" in table.values:
+        return {key: found.get(key, Limits()) for key in _READERS if key in {*found, "fidelity"}}
+    if "fidelity" in found:
+        raise ValueError(f"{table.at('fidelity')}: `fidelity` needs a `reference`: the path of the unquantized model")
+    if not found:
+        raise ValueError(f"{table.at('')}: checks nothing (give at least one of {', '.join(_READERS)})")
+    return found
+
+
+def _paths(table: _Table) -> list[str]:
+    """What the path of a table names, which need not be there, or what it matches as a glob."""
+    pattern = os.path.expanduser(table.values["path"])
+    if not _MAGIC.search(pattern) or os.path.lexists(table.resolved(pattern)):
+        return [table.resolved(pattern)]
+    return [table.resolved(found) for found in sorted(glob.glob(pattern, root_dir=table.folder, recursive=True))]
 
 
 def _check_keys(table: _Table) -> None:
@@ -207,6 +227,8 @@ def _check_keys(table: _Table) -> None:
             raise ValueError(f"{table.at(key)}: `marks` is not a list of texts")
         if key in TEXTS and not (isinstance(value, str) and value):
             raise ValueError(f"{table.at(key)}: `{key}` is not a text")
+        if key in ("path", "reference") and _URL.match(value):
+            raise ValueError(f"{table.at(key)}: `{key}`: remote artifacts are not read yet (`{value}`)")
     if "path" not in table.values:
         raise ValueError(f"{table.at('')}: an artifact needs a `path`")
 
@@ -218,27 +240,18 @@ def _setting(table: _Table, key: str) -> Any:
         raise ValueError(f"{table.at(key)}: `{key}`: {error}") from None
 
 
-def _resolved(table: _Table, key: str) -> str | None:
-    value = table.values.get(key)
-    if value is None:
-        return None
-    if _URL.match(value):
-        raise ValueError(f"{table.at(key)}: `{key}`: remote artifacts are not read yet (`{value}`)")
-    return os.path.normpath(os.path.join(table.folder(), os.path.expanduser(value)))
-
-
-def _named(entries: list[Entry]) -> Iterator[Entry]:
-    """Entries with names of their own: the last part of the path, the whole path where several share it."""
+def _named(entries: list[Entry], folder: str) -> Iterator[Entry]:
+    """Entries with names of their own: the last part of the path, the path where several end alike."""
     last = Counter(os.path.basename(entry.path) for entry in entries if not entry.name)
-    named = [entry._replace(name=entry.name or _name(entry.path, last)) for entry in entries]
+    named = [entry._replace(name=entry.name or _name(entry.path, folder, last)) for entry in entries]
     counts = Counter(entry.name for entry in named)
     for entry in named:
         if counts[entry.name] > 1:
-            first = entry.where["path"]
-            raise ValueError(f"{first}: {counts[entry.name]} artifacts are called `{entry.name}`: give one a `name`")
+            what = f"{counts[entry.name]} artifacts are called `{entry.name}`: give one a `name`"
+            raise ValueError(f"{entry.where['path']}: {what}")
         yield entry
 
 
-def _name(path: str, last: Counter[str]) -> str:
+def _name(path: str, folder: str, last: Counter[str]) -> str:
     name = os.path.basename(path)
-    return name if last[name] == 1 else path
+    return name if last[name] == 1 and not _MAGIC.search(name) else os.path.relpath(path, folder)

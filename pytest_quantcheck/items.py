@@ -61,12 +61,8 @@ class ArtifactNode(pytest.Collector):
     @cached_property
     def opened(self) -> Opened:
         """The artifact, read when the first of its checks is made."""
-        planned = self.planned
-        wanted = self.config.getoption("quantcheck_device") or self.config.getini("quantcheck_device")
-        if wanted and self.entry.reference:
-            from pytest_quantcheck import devices
-
-            planned = planned._replace(device=devices.choose(str(wanted), worker=worker_index(self.config)).name)
+        wanted = self.config.getoption("quantcheck_device") or self.config.getini("quantcheck_device") or "cpu"
+        planned = self.planned._replace(device=str(wanted), worker=worker_index(self.config))
         return planned.opened(self.entry)
 
     def collect(self) -> Iterator[pytest.Item]:
@@ -130,13 +126,13 @@ class Merger:
         """Keep what a check found; a worker that died left a report without it."""
         found = getattr(report, MARK, None)
         if found is not None:
-            path, name, key, *documents = json.loads(found)
-            self.found.setdefault(path, {})[name, key] = documents
+            path, name, key, *fields = json.loads(found)
+            self.found.setdefault(path, {})[name, key] = fields
         elif report.when not in ("setup", "call", "teardown") and ".toml::" in report.nodeid:
             file, _, name = report.nodeid.partition("::")
             self.lost.setdefault(_shown(self.config.rootpath / file), set()).add(name)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Merge and write; a report that cannot be written fails the run."""
         wanted = {kind: self.config.getoption(option) for kind, option in REPORTS.items()}
         if not (self.found or self.lost or any(wanted.values())):
@@ -144,7 +140,8 @@ class Merger:
         from pytest_quantcheck.report import sinks
 
         try:
-            self.run = self._merged(session)
+            artifacts = self._artifacts(documents=sinks.shows_documents(wanted))
+            self.run = self._merged(session, artifacts, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
             self.lines = list(_verdicts(self.run))
             sinks.write(self.run, wanted)
         except (ValueError, OSError, ImportError) as error:
@@ -165,22 +162,28 @@ class Merger:
 
             sinks.tell_github(self.run, terminalreporter.write_line)
 
-    def _merged(self, session: pytest.Session) -> Run:
+    def _artifacts(self, *, documents: bool) -> list[ArtifactRun]:
+        from pytest_quantcheck import config, runner
+
+        artifacts = []
+        for path in self._paths():
+            planned = runner.plan(config.load(path), documents=documents)
+            outcomes = {key: runner.Outcome(*fields) for key, fields in self.found.get(path, {}).items()}
+            artifacts += runner.of_outcomes(planned, outcomes, self.lost.get(path, set()))
+        return artifacts
+
+    def _merged(self, session: pytest.Session, artifacts: list[ArtifactRun], *, interrupted: bool) -> Run:
         from pytest_quantcheck import runner
 
         expected = sum(isinstance(item, CheckItem) for item in session.items)
         found = sum(map(len, self.found.values()))
-        partial = found < expected if session.items else bool(session.shouldstop or session.shouldfail)
-        artifacts = [run for path in {**self.found, **self.lost} for run in self._artifacts(path)]
-        paths = list({**self.found, **self.lost})
+        stopped = interrupted or bool(session.shouldstop or session.shouldfail)
+        partial = found < expected if session.items else stopped  # the items of a controller are elsewhere
+        paths = self._paths()
         return runner.record(paths[0] if len(paths) == 1 else None, artifacts, partial=partial)
 
-    def _artifacts(self, path: str) -> list[ArtifactRun]:
-        from pytest_quantcheck import config, runner
-
-        planned = runner.plan(config.load(path))
-        outcomes = {key: runner.Outcome(*documents) for key, documents in self.found.get(path, {}).items()}
-        return runner.of_outcomes(planned, outcomes, self.lost.get(path, set()))
+    def _paths(self) -> list[str]:
+        return list({**self.found, **self.lost})
 
 
 def add_outcome(item: pytest.Item, report: pytest.TestReport) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from pytest_quantcheck import devices
 from pytest_quantcheck.artifact import Artifact, inspect
 from pytest_quantcheck.asserts import require_torch
 from pytest_quantcheck.checks import baseline, coverage, hosts, integrity, params, size
@@ -39,6 +40,7 @@ class Opened:
     record: Record | None = None
     lock: str = "quantcheck.lock"
     device: str = "cpu"
+    worker: int | None = None
 
     @cached_property
     def artifact(self) -> Artifact:
@@ -67,7 +69,10 @@ class Opened:
             reference = inspect(self.reference_path)
         except FormatError as error:
             raise FormatError(f"the reference cannot be read: {error}") from None
-        return fidelity.compare(artifact, reference, self.limits, device=self.device)
+        device = devices.choose(self.device, worker=self.worker)
+        if device.missing:
+            raise ValueError(device.missing)
+        return fidelity.compare(artifact, reference, self.limits, device=device.name)
 
     @cached_property
     def outline(self) -> Outline:
@@ -177,9 +182,9 @@ def read_integrity(value: object) -> dict[str, Any]:
 def read_fidelity(value: object) -> Limits:
     """Return the limits of fidelity; a number or `auto` is the least SQNR in dB."""
     if not isinstance(value, dict):
-        return Limits(min_sqnr_db=_limit(value))
+        return Limits(min_sqnr_db=_limit("min_sqnr_db", value))
     found = _table(value, "limit", Limits._fields)
-    return Limits()._replace(**{name: _limit(limit) for name, limit in found.items()})
+    return Limits()._replace(**{name: _limit(name, limit) for name, limit in found.items()})
 
 
 def read_hosts(value: object) -> list[str]:
@@ -391,11 +396,16 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _limit(value: object) -> Any:
-    """A number, `auto`, or either by name pattern."""
-    if isinstance(value, dict):
-        return {pattern: _limit(limit) for pattern, limit in value.items()}
-    return value if value == "auto" else _number(value)
+def _limit(name: str, value: object) -> Any:
+    """One limit of fidelity: of the kind that its default has, or by name pattern."""
+    default = Limits._field_defaults[name]
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` is not true or false")
+        return value
+    if isinstance(value, dict) and name == "min_sqnr_db":
+        return {pattern: _limit(name, limit) for pattern, limit in value.items()}
+    return value if value == default == "auto" else _number(value)
 
 
 def _texts(value: object) -> list[str]:

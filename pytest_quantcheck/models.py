@@ -34,7 +34,7 @@ class Loader:
         key = Key(source if callable(source) else os.path.realpath(source), device, repr(sorted(options.items())))
         if key != self.key:
             self.release()
-            self.model = _build(source, device, options) if callable(source) else _load(source, device, options)
+            self.model = load(source, device, **options)
             self.key = key
         return self.model
 
@@ -47,6 +47,11 @@ class Loader:
         for name in ("last_exc", "last_value", "last_traceback", "last_type"):
             vars(sys).pop(name, None)
         devices.release()
+
+
+def load(source: ModelSource, device: str, **options: Any) -> Any:
+    """Return the model of a checkpoint folder, by transformers, or of a factory, on `device`."""
+    return _build(source, device, options) if callable(source) else _load(source, device, options)
 
 
 def _build(factory: Callable[..., Any], device: str, options: dict[str, Any]) -> Any:

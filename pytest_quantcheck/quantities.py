@@ -107,3 +107,17 @@ def format_shape(shape: tuple[int, ...]) -> str:
     ('4,096 x 4,096', 'scalar')
     """
     return " x ".join(f"{size:,}" for size in shape) or "scalar"
+
+
+def grouped_bits_per_weight(bits: float, group: int, beside: float = 16) -> float:
+    """Return the bits that a weight takes where groups of weights share a scale.
+
+    `beside` are the bits of all that a group has beside its codes: 16 for one fp16 scale, 20 with a zero point of four
+    bits, `16 * bits` with a scale for each bit plane (LUT-GEMM's binary codes).
+
+    >>> grouped_bits_per_weight(4, 32), 16 / grouped_bits_per_weight(4, 32, beside=4 * 16)
+    (4.5, 2.6666666666666665)
+    """
+    if not (bits > 0 and group > 0 and beside >= 0):
+        raise ValueError(f"{bits:g} bits in groups of {group:g} with {beside:g} beside them")
+    return bits + beside / group

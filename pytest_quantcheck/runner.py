@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from pytest_quantcheck import lock
+from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.baseline import Record
 from pytest_quantcheck.checks.fidelity import Limits
 from pytest_quantcheck.checks.tree import DEPTH, tree
@@ -17,7 +18,7 @@ from pytest_quantcheck.checks.why import explain
 from pytest_quantcheck.config import Config, Entry
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.keys import CHECKS, COULD_NOT_CHECK, Opened, first_line
-from pytest_quantcheck.report import json as documents
+from pytest_quantcheck.report import json as json_report
 from pytest_quantcheck.report.run import ArtifactRun, Checked, Document, Run
 
 CHANGES = 1000  # tensors of a difference that a report lists
@@ -25,47 +26,44 @@ _RUN = {check.key: check.run for check in CHECKS}
 
 
 class Outcome(NamedTuple):
-    """What one check said, and the documents it made on the way."""
+    """What one check said, the documents it made on the way, and why the artifact cannot be read at all."""
 
     checked: Checked
     compare: Document | None = None
     baseline: Document | None = None
+    error: str | None = None
 
 
 Outcomes = Mapping[tuple[str, str], Outcome]  # by name of the artifact and key
 
 
 class Plan(NamedTuple):
-    """A configuration, the records of its lock, and how it is checked."""
+    """A configuration, the records of its lock, and how it is checked; `documents` are what only reports show."""
 
     config: Config
     records: Mapping[str, Record]
     device: str = "cpu"
+    worker: int | None = None  # of xdist, for a GPU of its own
     update: bool = False
+    documents: bool = True
 
     def opened(self, entry: Entry) -> Opened:
         """Return the artifact of an entry, not yet read."""
         limits = entry.settings.get("fidelity", Limits())
         record = self.records.get(entry.name)
-        return Opened(entry.path, entry.reference, limits, record, self.config.lock, self.device)
+        return Opened(entry.path, entry.reference, limits, record, self.config.lock, self.device, self.worker)
 
     def entries(self) -> list[Entry]:
         """Return what is checked: the artifacts, then the records that no artifact has any more."""
-        kept = {entry.name for entry in self.config.entries if "baseline" in entry.settings}
+        names = {entry.name for entry in self.config.entries}
         ours = os.path.basename(self.config.path)
-        stale = sorted(name for name, record in self.records.items() if record.by == ours and name not in kept)
-        return [*self.config.entries, *(_stale(name, self.config) for name in stale if self._is_free(name))]
-
-    def _is_free(self, name: str) -> bool:
-        return all(entry.name != name for entry in self.config.entries)
+        stale = sorted(name for name, record in self.records.items() if record.by == ours and name not in names)
+        return [*self.config.entries, *(_stale(name, self.config) for name in stale)]
 
 
-def plan(config: Config, *, device: str = "cpu", update: bool = False) -> Plan:
-    """Return what is to be done; a lock that cannot be read is a `FormatError`, an update of nothing a `ValueError`."""
-    planned = Plan(config, lock.read(config.lock), device, update)
-    if update and not any("baseline" in entry.settings for entry in planned.entries()):
-        raise ValueError(f"{config.path}: no artifact has `baseline`, so there is nothing to update")
-    return planned
+def plan(config: Config, *, device: str = "cpu", update: bool = False, documents: bool = True) -> Plan:
+    """Return what is to be done; a lock that cannot be read is a `FormatError`."""
+    return Plan(config, lock.read(config.lock), device, update=update, documents=documents)
 
 
 def run(planned: Plan, *, only: str = "", keys: Sequence[str] = ()) -> Run:
@@ -78,7 +76,7 @@ def run(planned: Plan, *, only: str = "", keys: Sequence[str] = ()) -> Run:
             if chosen:
                 opened = planned.opened(entry)
                 outcomes = {(entry.name, key): check(planned, entry, key, opened) for key in chosen}
-                found.append(artifact_run(entry, opened, outcomes))
+                found.append(artifact_run(planned, entry, opened, outcomes))
     except KeyboardInterrupt:
         partial = True
     return record(planned.config.path, found, partial=partial)
@@ -91,9 +89,9 @@ def check_id(entry: Entry, key: str) -> str:
 
 def check(planned: Plan, entry: Entry, key: str, opened: Opened) -> Outcome:
     """Make one check; what cannot be checked is an outcome too."""
-    failure = unreadable(entry, opened)
+    failure = _unreadable(entry, opened)
     if failure is not None:
-        return Outcome(_checked(entry, key, failure))
+        return Outcome(_checked(entry, key, failure), error=failure)
     try:
         verdict = _verdict(planned, entry, key, opened)
     except COULD_NOT_CHECK as error:
@@ -102,39 +100,50 @@ def check(planned: Plan, entry: Entry, key: str, opened: Opened) -> Outcome:
     change = opened.change if key == "baseline" and not entry.is_stale else None
     return Outcome(
         _checked(entry, key, verdict),
-        documents.of_comparison(compare) if compare else None,
-        documents.of_difference(change, CHANGES) if change else None,
+        json_report.of_comparison(compare) if compare else None,
+        json_report.of_difference(change, CHANGES) if change else None,
     )
 
 
-def unreadable(entry: Entry, opened: Opened) -> str | None:
+def _unreadable(entry: Entry, opened: Opened) -> str | None:
     """Return why there is nothing to check, and where it is named; None where there is."""
     if entry.error is not None or entry.is_stale:
         return entry.error
     return f"{opened.failure} ({entry.where['path']})" if opened.failure else None
 
 
-def artifact_run(entry: Entry, opened: Opened, outcomes: Outcomes) -> ArtifactRun:
+def artifact_run(planned: Plan, entry: Entry, opened: Opened, outcomes: Outcomes) -> ArtifactRun:
     """Return the record of one artifact from the outcomes of its checks."""
     own = [outcomes[entry.name, key] for key in entry.settings if (entry.name, key) in outcomes]
-    failure = unreadable(entry, opened)
-    artifact = None if failure or entry.is_stale else opened.artifact
+    failure = next((outcome.error for outcome in own if outcome.error), None)
+    inspected = explained = None
+    if planned.documents and not failure and not entry.is_stale:
+        try:
+            inspected, explained = _documents(opened.artifact)
+        except COULD_NOT_CHECK as error:  # it changed since it was checked
+            failure = first_line(error)
     return {
         "name": entry.name,
         "path": entry.path,
         "error": failure,
         "checks": [outcome.checked for outcome in own],
-        "inspect": documents.of_artifact(artifact) if artifact else None,
-        "why": documents.of_explanation(explain(artifact), tree(artifact, DEPTH)) if artifact else None,
+        "inspect": inspected,
+        "why": explained,
         "compare": next((outcome.compare for outcome in own if outcome.compare), None),
         "baseline": next((outcome.baseline for outcome in own if outcome.baseline), None),
     }
 
 
+def _documents(artifact: Artifact) -> tuple[Document, Document]:
+    """What the reports show of an artifact, whatever its checks say: `inspect` and `why`."""
+    explanation = json_report.of_explanation(explain(artifact), tree(artifact, DEPTH))
+    return json_report.of_artifact(artifact), explanation
+
+
 def record(config: str | None, artifacts: list[ArtifactRun], *, partial: bool) -> Run:
-    """Return the whole run. Exit code 2: something could not be checked, or nothing was; 1: a check failed."""
+    """Return the whole run. Exit code 2: something was not checked, or nothing was; 1: all was, and a check failed."""
     statuses = {checked["status"] for artifact in artifacts for checked in artifact["checks"]}
-    unread = any(artifact["error"] for artifact in artifacts)
+    unread = partial or any(artifact["error"] for artifact in artifacts)
     return {
         "schema": 1,
         "version": version("pytest-quantcheck"),
@@ -161,7 +170,7 @@ def of_outcomes(planned: Plan, outcomes: Outcomes, lost: Collection[str] = ()) -
     }
     every = {**died, **outcomes}
     chosen = [entry for entry in entries.values() if any((entry.name, key) in every for key in entry.settings)]
-    return [artifact_run(entry, planned.opened(entry), every) for entry in chosen]
+    return [artifact_run(planned, entry, planned.opened(entry), every) for entry in chosen]
 
 
 def _verdict(planned: Plan, entry: Entry, key: str, opened: Opened) -> Verdict:

@@ -1,9 +1,9 @@
 """The unquantized model of a configuration, on the meta device: a process of its own.
 
 Reads `{"config", "shapes"}` as JSON from stdin and writes what transformers has to say to stdout: of tensors of these
-shapes what its loader says, and where `shapes` is null the tensors that its checkpoint holds. So its renames, its merges
-of experts and its ties are not done a second time here. Run by `architecture`, never imported: a configuration comes
-from strangers, so it is built offline, without remote code, in bounded time and memory.
+shapes what its loader says, and where `shapes` is null the tensors that its checkpoint holds. So its renames, its
+merges of experts and its ties are not done a second time here. Run by `architecture`, never imported: a configuration
+comes from strangers, so it is built offline, without remote code, in bounded time and memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 MEMORY = 8 << 30
+NOT_HERE = "is not in the installed transformers (remote code is never run)"
 # What could run other code, reach for the network, or quantize again.
 LEFT_OUT = (
     "auto_map",
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 class Unknown(Exception):
-    """A model that the installed transformers does not have."""
+    """A model that the installed transformers does not have, or does not let us take apart."""
 
 
 def cleaned(value: Any) -> Any:
@@ -97,10 +98,11 @@ def _conversions(**report: Any) -> dict[str, Any]:
 
 
 def described(config: dict[str, Any]) -> dict[str, Any]:
-    """Return every tensor that a checkpoint of the model holds: name, shape, kind, dtypes under which it stays F32.
+    """Return every tensor that a checkpoint of the model holds: name, shape, kind, dtypes.
 
     Kinds: linear, conv1d, head (what transformers' quantizers leave out), embedding, expert, stack (experts in one
-    tensor), other, buffer. `tied_head` is the output head that is no tensor of its own.
+    tensor), other, buffer. The dtypes are its own where it is no float, and those that are asked for but where it stays
+    in float32. `tied_head` is the output head that is no tensor of its own.
     """
     import torch
     import transformers
@@ -125,10 +127,10 @@ def described(config: dict[str, Any]) -> dict[str, Any]:
 
 def _distinct(model: Any) -> dict[str, Any]:
     """The tensors of the state dict, shared ones once, without those that are never saved."""
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or ()]
+    ignored = set(model._keys_to_ignore_on_save or ())
     found: dict[int, tuple[str, Any]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not any(pattern.search(name) for pattern in ignored):
+        if name not in ignored:
             found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
 
@@ -144,11 +146,12 @@ def _as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(name: str, tensor: Any, known: str | None, kinds: dict[str, str], wide: dict[str, list[str]]) -> list[Any]:
+    own = None if tensor.is_floating_point() else str(tensor.dtype)
     if known is not None:
-        return [name, list(tensor.shape), kinds[known], [dtype for dtype in wide if known in wide[dtype]]]
+        return [name, list(tensor.shape), kinds[known], own, [dtype for dtype in wide if known in wide[dtype]]]
     if ".experts." not in name or tensor.dim() != 2:
-        raise Unknown(f"what `{name}` is made of, which")
-    return [name, list(tensor.shape), "expert", []]
+        raise Unknown(f"transformers makes `{name}` of other tensors")
+    return [name, list(tensor.shape), "expert", own, []]
 
 
 def _kinds(model: Any) -> dict[str, str]:
@@ -214,7 +217,7 @@ def _class(config: dict[str, Any]) -> Any:
 
     model_type = config.get("model_type")
     if model_type not in configuration_auto.CONFIG_MAPPING:
-        raise Unknown(f"model_type `{model_type}`")
+        raise Unknown(f"model_type `{model_type}` {NOT_HERE}")
     for name in config.get("architectures") or ():
         cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
@@ -223,7 +226,7 @@ def _class(config: dict[str, Any]) -> Any:
         kind = configuration_auto.CONFIG_MAPPING[model_type]
         if kind in mapping:
             return mapping[kind]
-    raise Unknown(f"architecture of model_type `{model_type}`")
+    raise Unknown(f"architecture of model_type `{model_type}` {NOT_HERE}")
 
 
 if __name__ == "__main__":

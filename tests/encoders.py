@@ -106,7 +106,7 @@ def gptq(
     codes, zeros, scales = affine(weight, index, bits, symmetric=symmetric)
     tensors = {
         "layer.qweight": stream(codes, bits).t(),
-        "layer.qzeros": stream(zeros.t() - (version == 1), bits),
+        "layer.qzeros": stream(zeros.t() - (2 - version), bits),
         "layer.scales": scales.t().half(),
         "layer.g_idx": index.to(torch.int32),
     }

@@ -45,9 +45,10 @@ def checked(verdict: Verdict, *, line: int = 1, message: str | None = None) -> C
 
 
 def unreadable(path: str, error: str) -> ArtifactRun:
-    """An artifact that could not be opened."""
+    """An artifact that could not be opened, and its check that could not be made."""
+    check = checked(Verdict("size", False, error), line=10) | {"status": "error"}
     return ArtifactRun(
-        name=path, path=path, error=error, checks=[], inspect=None, why=None, compare=None, baseline=None
+        name=path, path=path, error=error, checks=[check], inspect=None, why=None, compare=None, baseline=None
     )
 
 

@@ -65,6 +65,10 @@ class Sizes:
         return 2 * self.positions * (self.hidden // self.heads // 2)
 
 
+# As much of it is the embedding as of the real one.
+SMALL = Sizes(vocab=1_093, hidden=96, intermediate=256, layers=4, heads=3, kv_heads=1, positions=64)
+
+
 @dataclass
 class _Graph:
     sizes: Sizes

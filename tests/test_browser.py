@@ -49,13 +49,14 @@ CONTRAST = """(selector, property, behind) => {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A small Llama in NF4 with the scales of one weight lost and one in another place, and a sound one."""
+    """A small Llama in NF4 with the nibbles of one weight swapped and its embedding in 32 bit, and a sound one."""
     folder = tmp_path_factory.mktemp("browser")
     models.save("llama", folder / "full")
     models.load(folder / "full", **models.NF4).save_pretrained(folder / "sound")
     models.load(folder / "full", **models.NF4).save_pretrained(folder / "broken")
     tensors = safetensors.torch.load_file(folder / "broken/model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight.absmax"].zero_()
+    codes = tensors["model.layers.1.mlp.down_proj.weight"]
+    tensors["model.layers.1.mlp.down_proj.weight"] = (codes >> 4) | (codes << 4)
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(torch.float32)
     safetensors.torch.save_file(tensors, folder / "broken/model.safetensors")
     broken = runs.artifact(
@@ -240,7 +241,7 @@ def test_a_failing_tensor_is_named_with_its_numbers_and_marked_on_the_heat_map(b
     browser.open(page)
     wrong = browser.run("document.querySelector('.wrong').textContent")
     assert "model.layers.1.mlp.down_proj.weight" in wrong
-    assert "scales are wrong" in wrong
+    assert "Diagnosis: likely nibbles-swapped" in wrong
     marked = browser.run(
         "[...document.querySelectorAll('.heat td.bad')]"
         ".map(cell => [cell.title, cell.parentElement.cells[0].textContent])"

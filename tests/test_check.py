@@ -10,10 +10,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import bitsandbytes as bnb
 import jsonschema
 import pytest
+import safetensors.torch
+import torch
 
 import pytest_quantcheck.report
+from pytest_quantcheck import runner
 from pytest_quantcheck.cli import main
 from tests import layouts
 
@@ -198,10 +202,12 @@ def test_what_init_writes_is_green_and_guards(tmp_path, layout, request):
 def test_reports_are_written_beside_the_verdict(tmp_path):
     small(tmp_path / "model")
     write(tmp_path, artifact("model", size=1))
-    done = quantcheck("check", "--markdown", "out/a.md", "--junit", "out/a.xml", cwd=tmp_path)
+    pytest.importorskip("squarify", reason="the extra `report` is not installed")
+    done = quantcheck("check", "--html", "a.html", "--markdown", "out/a.md", "--junit", "out/a.xml", cwd=tmp_path)
     assert done.returncode == 1
     assert "exceeds the budget" in (tmp_path / "out/a.md").read_text()
     assert (tmp_path / "out/a.xml").read_text().startswith("<?xml")
+    assert (tmp_path / "a.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_github_is_told_only_where_it_listens(tmp_path):
@@ -214,6 +220,69 @@ def test_github_is_told_only_where_it_listens(tmp_path):
     assert done.stderr.startswith("::error file=quantcheck.toml,line=3,")
     assert summary.read_text().startswith("before\n")
     assert "exceeds the budget" in summary.read_text()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """An NF4 model of two layers and its reference."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(128, 96) for name in ("up", "down")})
+    safetensors.torch.save_file(model.state_dict(), folder / "reference.safetensors")
+    for name in ("up", "down"):
+        layer = bnb.nn.Linear4bit(128, 96, quant_type="nf4", compress_statistics=False)
+        layer.load_state_dict(model[name].state_dict())
+        model[name] = layer.to("cpu")
+    safetensors.torch.save_file(model.state_dict(), folder / "nf4.safetensors")
+    return folder
+
+
+FIDELITIES = {
+    "auto": ('"auto"', "passed", ""),
+    "a-number": ("19.5", "passed", ""),
+    "too-much": ("25", "failed", "up.weight: SQNR"),
+    "a-pattern": ('{ min_sqnr_db = { "up" = 25, "*" = "auto" } }', "failed", "up.weight: SQNR"),
+    "a-pattern-of-nothing": ('{ min_sqnr_db = { "left" = 25 } }', "error", "pattern `left` matches no tensor"),
+}
+
+
+@pytest.mark.parametrize("case", FIDELITIES)
+def test_fidelity_is_required_of_all_or_by_pattern(pair, case):
+    fidelity, status, said = FIDELITIES[case]
+    write(pair, artifact("nf4.safetensors", reference='"reference.safetensors"', fidelity=fidelity))
+    run = json.loads(quantcheck("check", "--json", cwd=pair).stdout)
+    (check,) = run["artifacts"][0]["checks"]
+    assert check["status"] == status
+    assert said in "\n".join([check["headline"], *check["details"]])
+    assert "down.weight: SQNR" not in "\n".join(check["details"]) or case == "too-much"
+    assert (run["artifacts"][0]["compare"] is None) == (status == "error")
+
+
+@pytest.mark.parametrize("device", ["cuad", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(pair, device):
+    write(pair, artifact("nf4.safetensors", reference='"reference.safetensors"'))
+    run = json.loads(quantcheck("check", "--json", "--device", device, cwd=pair).stdout)
+    (check,) = run["artifacts"][0]["checks"]
+    assert check["status"] == "error"
+    assert check["headline"].startswith(f"fidelity: device `{device}` is not")
+
+
+def test_an_interrupted_run_says_so_and_keeps_what_it_has(tmp_path, monkeypatch):
+    def check(planned, entry, key, opened):
+        if entry.name == "b":
+            raise KeyboardInterrupt
+        return made(planned, entry, key, opened)
+
+    made = runner.check
+    monkeypatch.setattr(runner, "check", check)
+    for name in "abc":
+        small(tmp_path / name)
+    write(tmp_path, artifact("[abc]", logical_params=PARAMS))
+    done = quantcheck("check", "--json", "--markdown", "run.md", cwd=tmp_path)
+    run = json.loads(done.stdout)
+    assert (done.returncode, run["partial"], run["exit_code"]) == (130, True, 2)
+    assert [entry["name"] for entry in run["artifacts"]] == ["a"]
+    assert "interrupted" in (tmp_path / "run.md").read_text()
 
 
 SIZED = {

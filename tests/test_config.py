@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -89,6 +90,7 @@ VALUES_READ = [
     ("fidelity", '"auto"', Limits()),
     ("fidelity", "18", Limits(min_sqnr_db=18.0)),
     ("fidelity", "{ gain = 0.1, bias = 1 }", Limits(gain=0.1, bias=1.0)),
+    ("fidelity", "{ equal = false }", Limits(equal=False)),
     ("fidelity", '{ min_sqnr_db = { "*.mlp.*" = 18, "*" = "auto" } }', Limits({"*.mlp.*": 18.0, "*": "auto"})),
     ("host", '"github"', ["github"]),
     ("baseline", "true", Allowed()),
@@ -128,6 +130,8 @@ REFUSED = [
     ('integrity = "all"', ":3: `integrity`: `all` is neither `headers`, `values` nor a table"),
     ('fidelity = "auto"', ":3: `fidelity` needs a `reference`"),
     ('reference = "b"\nfidelity = { gian = 1 }', ":4: `fidelity`: unknown limit `gian` (did you mean `gain`?"),
+    ('reference = "b"\nfidelity = { equal = 1 }', ":4: `fidelity`: `equal` is not true or false"),
+    ('reference = "b"\nfidelity = { bias = "auto" }', ":4: `fidelity`: `auto` is not a number"),
     ('host = "githab"', ":3: `host`: unknown host `githab` (did you mean `github`?"),
     ('baseline = "2"', ":3: `baseline`: growth `2` is neither a share such as `2 %` nor a size"),
     ("baseline = { grow = 1 }", ":3: `baseline`: unknown key `grow` (did you mean `growth`?"),
@@ -176,23 +180,26 @@ def test_a_file_without_artifacts_is_refused(tmp_path, monkeypatch, text, said):
     assert said in str(error.value)
 
 
-def test_globs_and_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["", "sub[1]"], ids=["here", "in-another-folder"])
+def test_globs_and_names(tmp_path, monkeypatch, at):
+    """Names, which records of the lock have too, are the same from wherever the configuration is read."""
     monkeypatch.chdir(tmp_path)
     for name in ("m/a-nf4", "m/b-nf4", "n/b-nf4", "m/odd[1]"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "quantcheck.toml").write_text(
+        (tmp_path / at / name).mkdir(parents=True)
+    path = (tmp_path / at / "quantcheck.toml").relative_to(tmp_path)
+    path.write_text(
         '[[artifact]]\npath = "m/*-nf4"\nsize = 1\n[[artifact]]\npath = "n/b-nf4"\nsize = 1\n'
         '[[artifact]]\npath = "m/odd[1]"\nname = "odd"\nsize = 1\n[[artifact]]\npath = "o/*"\nsize = 1\n'
     )
-    entries = config.load("quantcheck.toml").entries
-    assert [(entry.name, entry.path) for entry in entries] == [
+    entries = config.load(str(path)).entries
+    assert [(entry.name, str(Path(entry.path).relative_to(at))) for entry in entries] == [
         ("a-nf4", "m/a-nf4"),
         ("m/b-nf4", "m/b-nf4"),
         ("n/b-nf4", "n/b-nf4"),
         ("odd", "m/odd[1]"),
         ("o/*", "o/*"),
     ]
-    assert [entry.error for entry in entries if entry.error] == ["`o/*` matches nothing (quantcheck.toml:12)"]
+    assert [entry.error for entry in entries if entry.error] == [f"`o/*` matches nothing ({path}:12)"]
 
 
 def test_pyproject_has_its_own_table_and_the_linters_beside_it(tmp_path, monkeypatch):

@@ -17,6 +17,8 @@ from click.testing import CliRunner
 
 import pytest_quantcheck
 from pytest_quantcheck import cli, plugin
+from pytest_quantcheck.checks.hosts import HOSTS
+from pytest_quantcheck.keys import CHECKS
 from pytest_quantcheck.report import json as json_report
 from pytest_quantcheck.schemes import SCHEMES
 
@@ -42,7 +44,7 @@ def test_every_command_has_a_section(name):
     assert f"## quantcheck {name}\n" in PAGES["reference/cli.md"]
 
 
-@pytest.mark.parametrize("name", ["inspect", "why", "diff", "compare"])
+@pytest.mark.parametrize("name", ["inspect", "why", "diff", "predict", "compare", "check", "check-size", "init"])
 def test_every_option_of_a_command_is_shown(name):
     usage = CliRunner().invoke(cli.cli, [name, "--help"], prog_name="quantcheck", terminal_width=80).output
     for option in re.findall(r"--[\w-]+", usage):
@@ -88,11 +90,11 @@ def test_json_keys_of_inspect_are_those_documented(tmp_path):
 
 
 def test_json_keys_of_compare_are_those_documented(tmp_path):
-    from pytest_quantcheck.artifact import inspect as inspect_artifact
     from pytest_quantcheck.checks.fidelity import compare
+    from tests.test_engine import pairs
 
-    artifact = inspect_artifact(_checkpoint(tmp_path))
-    produced = _keys(json_report.of_comparison(compare(artifact, artifact)))
+    comparison = compare(*pairs(tmp_path, spoil=0))
+    produced = _keys(json_report.of_comparison(comparison))
     assert produced == _documented("quantcheck compare --json")
 
 
@@ -118,6 +120,54 @@ def test_json_keys_of_diff_are_those_documented(tmp_path):
         for key in ("old", "new", "growth")
     }
     assert produced - of_totals == _documented("quantcheck diff --json")
+
+
+def test_json_keys_of_check_are_those_documented(tmp_path):
+    from pytest_quantcheck import config, runner
+
+    _checkpoint(tmp_path / "model")
+    path = tmp_path / "quantcheck.toml"
+    path.write_text('[[artifact]]\npath = "model"\nreference = "model"\nintegrity = "headers"\n')
+    run = runner.run(runner.plan(config.load(str(path))))
+    for artifact in run["artifacts"]:
+        for document in ("inspect", "why", "compare", "baseline"):
+            artifact[document] = None
+    findings = {f"artifacts[].checks[].findings[].{key}" for key in ("check", "severity", "tensor", "message")}
+    assert _keys(run) - findings == _documented("quantcheck check --json")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.key)
+def test_every_key_of_the_configuration_is_in_the_table_and_in_the_example(check):
+    page = PAGES["reference/config.md"]
+    assert f"| `{check.key}` | {check.value} | {check.about} |\n" in page
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    assert re.search(rf"^{check.key} = ", example, re.MULTILINE) or check.key == "baseline"
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_every_host_is_in_the_table(host):
+    assert re.search(rf"^\| `{host.name}` \| [^|]+ \| {re.escape(host.source)} \|$", PAGES["reference/config.md"], re.M)
+
+
+def test_json_keys_of_predict_are_those_documented(tmp_path):
+    from pytest_quantcheck.checks.predict import predict
+    from tests.test_predict import llama_file
+
+    produced = _keys(json_report.of_prediction(predict(llama_file(tmp_path))), variable={"recipes[].bytes": "CLASS"})
+    assert produced == _documented("quantcheck predict --json")
+
+
+def test_every_recipe_is_described():
+    from pytest_quantcheck import recipes
+    from pytest_quantcheck.recipes import ggml
+
+    page = PAGES["howto/predict.md"]
+    described = re.findall(r"`([a-z0-9_-]+)`", page)
+    families = {
+        recipes.named(name)[0].title for name in described if any(r.names.fullmatch(name) for r in recipes.RECIPES)
+    }
+    assert families == {recipe.title for recipe in recipes.RECIPES}
+    assert ggml.DEFAULTS.keys() <= set(described)
 
 
 def test_json_has_null_where_there_is_no_finite_value(tmp_path):

@@ -198,7 +198,7 @@ def test_worst_tensors_come_first_and_at_most_ten():
     assert lines[0].endswith("13 wrong")
     assert lines[1].strip().startswith("l13.weight")
     assert lines[-1].strip() == "... and 3 more"
-    assert len(lines) == 12
+    assert len([line for line in lines if not line.strip().startswith("likely gain")]) == 12
 
 
 def test_a_prefix_that_one_side_has_is_bridged():

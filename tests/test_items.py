@@ -114,8 +114,10 @@ def test_the_table_in_pyproject_is_collected_where_it_is_named(project):
     result.assert_outcomes(passed=2)
 
 
-def test_pytest_two_workers_and_the_command_line_make_the_same_report(project):
+def test_pytest_two_workers_and_the_command_line_make_the_same_report(project, monkeypatch):
     run(project, "quantcheck.toml", "--quantcheck-json=one.json")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project.path / "summary.md"))
     two = run(project, "quantcheck.toml", "--quantcheck-json=two.json", "--quantcheck-markdown=two.md", "-n", "2")
     two.assert_outcomes(passed=3, failed=1)
     alone = quantcheck("check", "--json", cwd=project.path).stdout
@@ -123,6 +125,9 @@ def test_pytest_two_workers_and_the_command_line_make_the_same_report(project):
     assert one == (project.path / "two.json").read_text() == alone
     assert json.loads(one)["exit_code"] == 1
     assert "exceeds the budget" in (project.path / "two.md").read_text()
+    # Github is told by the controller alone.
+    assert sum(line.startswith("::error file=quantcheck.toml,line=8,") for line in two.outlines) == 1
+    assert (project.path / "summary.md").read_text() == (project.path / "two.md").read_text()
 
 
 def test_a_worker_that_dies_leaves_the_results_of_the_others(project):
@@ -177,11 +182,3 @@ def test_a_configuration_that_makes_no_sense_is_an_error_of_the_collection(proje
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*{said}*"])
     assert "\x1b" not in result.stdout.str()
-
-
-def test_github_is_told_by_the_controller_alone(project, monkeypatch):
-    monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project.path / "summary.md"))
-    result = run(project, "quantcheck.toml", "-n", "2")
-    assert sum(line.startswith("::error file=quantcheck.toml,line=8,") for line in result.outlines) == 1
-    assert (project.path / "summary.md").read_text().count("exceeds the budget") == 1

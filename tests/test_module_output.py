@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 from bitsandbytes import functional
 from torch import nn
 
-from pytest_quantcheck import assert_module_output, assert_same_weights
+from pytest_quantcheck import assert_kernel_parity, assert_module_output, assert_same_weights
 from pytest_quantcheck.checks import module_output
 from tests import models
 from tests.cases import bitnet, gemma, hqq, quanto, torch_ao
@@ -102,6 +103,16 @@ def test_whole_models_run_layer_by_layer_and_are_left_as_they_were(kind, tmp_pat
     outputs = assert_module_output(model, batches=[1, 5], dtypes=["bfloat16"])
     assert len({run.name for run in outputs.runs}) >= 8
     assert_same_weights(before, model)
+
+
+def test_layers_under_an_adapter_are_those_of_the_base(tmp_path):
+    model = models.load(models.save("llama", tmp_path), **models.INT8)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    outputs = assert_module_output(model, batches=[3], dtypes=["bfloat16"])
+    parities = assert_kernel_parity(model)
+    names = {run.name for run in outputs.runs}
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert names == {row.name for row in parities.layers}
 
 
 # What must be seen.

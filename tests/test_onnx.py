@@ -23,7 +23,7 @@ np = pytest.importorskip("numpy")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from tests.cases.onnx import model_of  # noqa: E402
+from tests.cases.onnx import model_of, run  # noqa: E402
 
 MICROSOFT = {"domain": "com.microsoft"}
 
@@ -148,6 +148,47 @@ def test_numbers_that_are_attributes_are_listed(tmp_path):
         "value_int": ("buffer", (), 1, [7.0]),
     }
     assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def square(kind: str = "float32"):
+    return tensor("c", np.tril(np.ones((1, 1, 32, 32))), kind)
+
+
+# id, nodes between the constant `c` and its end, the constant, what it is
+WAYS = [
+    ("frequencies", [("Unsqueeze", ["c", "axes"]), ("Expand", ["0", "shape"]), ("MatMul", ["0", "x"]), ("Cos", ["0"]),
+                     ("Sin", ["2"])], tensor("c", np.ones(32)), "buffer"),
+    ("frequencies-times-positions", [("Mul", ["x", "c"]), ("Cos", ["0"]), ("Sin", ["0"])], tensor("c", np.ones(32)),
+     "buffer"),
+    ("a-layer-with-sines", [("MatMul", ["x", "c"]), ("Sin", ["0"])], tensor("c", np.ones((32, 32))), "parameter"),
+    ("a-bias-before-a-sine", [("Add", ["x", "c"]), ("Sin", ["0"]), ("Cos", ["0"])], tensor("c", np.ones(32)),
+     "parameter"),
+    ("a-gain-before-a-sine", [("Mul", ["x", "c"]), ("Sin", ["0"])], tensor("c", np.ones(32)), "parameter"),
+    ("a-mask-that-is-added", [("Slice", ["c", "axes", "axes"]), ("Add", ["x", "0"]), ("Softmax", ["1"])], square(),
+     "buffer"),
+    ("a-mask-of-bytes", [("Slice", ["c", "axes", "axes"]), ("Cast", ["0"]), ("Where", ["1", "x", "x"])],
+     square("uint8"), "buffer"),
+    ("a-square-filter", [("Conv", ["x", "c"]), ("Softmax", ["0"])], square(), "parameter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ways", "constant", "role"), [row[1:] for row in WAYS], ids=[row[0] for row in WAYS])
+def test_buffers_without_a_name_are_told_by_where_they_go(tmp_path, ways, constant, role):
+    nodes = [node(operator, inputs, str(at)) for at, (operator, inputs) in enumerate(ways)]
+    initializers = [constant, tensor("axes", [0], "int64"), tensor("shape", [1, 32, 1], "int64")]
+    artifact = inspect(save(tmp_path / "m.onnx", of_nodes(*nodes, initializers=initializers)))
+    assert artifact.tensor("c").role == role
+
+
+BUFFER_NAMES = ["cos_cache", "model.rotary_emb.cos_cached", "/model/layers.0/rotary_emb/Constant_1_output_0",
+                "layers.0.attn.causal_mask", "inv_freq", "h.0.attn.masked_bias"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*BUFFER_NAMES, "model.cosine.weight", "mask_head.weight", "rope_proj"])
+def test_names_of_buffers(tmp_path, name):
+    model = of_nodes(node("Mul", ["x", name], "y"), initializers=[tensor(name, np.ones((4, 32)))])
+    (found,) = inspect(save(tmp_path / "m.onnx", model)).tensors
+    assert found.role == ("buffer" if name in BUFFER_NAMES else "parameter")
 
 
 FILLED = [
@@ -328,6 +369,56 @@ def test_dynamic_quantization_by_onnxruntime(tmp_path):
     assert sum(artifact.bytes.values()) == artifact.file_bytes
 
 
+@pytest.mark.parametrize("scales", [(), (1,), (2, 20)], ids=["one", "by-direction", "by-column"])
+def test_a_recurrent_layer_computes_what_its_decoded_weights_compute(tmp_path, scales):
+    """DynamicQuantizeLSTM against LSTM; the activations have eight bits, which costs 1 %."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime computes both")
+    directions = 2 if scales == (2, 20) else 1
+    random = np.random.default_rng(3)
+    arrays = {}
+    for name, rows in (("W", 7), ("R", 5)):
+        arrays[name] = random.integers(-90, 91, (directions, rows, 20)).astype("int8")
+        arrays[f"{name}_s"] = (0.004 + 0.01 * random.random(scales or (1,))).astype("float32")
+        zero = 0 if directions == 2 else random.integers(-20, 21)  # onnxruntime: none where columns have scales
+        arrays[f"{name}_z"] = np.full(scales or (1,), zero).astype("int8")
+    parts = ["W_s", "W_z", "R_s", "R_z"]
+    options = {"hidden_size": 5, "direction": "bidirectional" if directions == 2 else "forward"}
+    steps = node("DynamicQuantizeLSTM", ["x", "W", "R", "", "", "", "", "", *parts], "y", **MICROSOFT, **options)
+    given = [("x", 1, [3, 2, 7])]
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    model = model_of([steps], tensors, given, [("y", 1, None)])
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    decoded = [artifact.tensor(name) for name in "WR"]
+    assert [t.scheme for t in decoded] == ["onnx-int8", "onnx-int8"]
+    floats = [tensor(t.name, t.decode().view(t.shape).transpose(1, 2).numpy()) for t in decoded]
+    plain = model_of([node("LSTM", ["x", "W", "R"], "y", **options)], floats, given, [("y", 1, None)])
+    feeds = {"x": random.standard_normal((3, 2, 7)).astype("float32")}
+    assert (run(model, feeds) - run(plain, feeds)).abs().max() < 0.02
+
+
+def test_a_fused_embedding_computes_what_its_decoded_tables_compute(tmp_path):
+    """QEmbedLayerNormalization: five tensors, each with one scale and one zero point."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime computes it")
+    random = np.random.default_rng(4)
+    shapes = {"word": (11, 8), "position": (6, 8), "segment": (2, 8), "gamma": (8,), "beta": (8,)}
+    arrays = {name: random.integers(0, 256, shape).astype("uint8") for name, shape in shapes.items()}
+    arrays |= {f"{name}_s": np.float32(random.random() + 0.1) for name in shapes}
+    arrays |= {f"{name}_z": np.uint8(random.integers(0, 256)) for name in shapes}
+    inputs = ["ids", "segments", *shapes, "", *(f"{name}_s" for name in shapes), *(f"{name}_z" for name in shapes)]
+    fused = helper.make_node("QEmbedLayerNormalization", inputs, ["y", "mask"], **MICROSOFT, epsilon=1e-5)
+    given = [("ids", 6, [2, 4]), ("segments", 6, [2, 4])]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    model = model_of([fused], tensors, given, [("y", 1, None)])
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    word, position, segment, gamma, beta = (artifact.tensor(n).decode().view(s) for n, s in shapes.items())
+    ids, segments = random.integers(0, 11, (2, 4)), random.integers(0, 2, (2, 4))
+    summed = word[ids] + position[:4] + segment[segments]
+    expected = torch.nn.functional.layer_norm(summed, (8,), gamma[:], beta[:], 1e-5)
+    found = run(model, {"ids": ids.astype("int32"), "segments": segments.astype("int32")})
+    assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
+    assert artifact.logical_params == 8 * 21
+
+
 @pytest.mark.parametrize(("block", "size"), [(32, 360), (64, 324), (128, 340)])
 def test_blocks_that_576_columns_do_not_fill_are_padded(block, size, tmp_path):
     """5 blocks of 128 are 640 columns: more bytes than 9 blocks of 64."""
@@ -432,7 +523,7 @@ def both_ways():
     return of_nodes(*nodes, initializers=[*packed(), packed(prefix="v")[1]])
 
 
-def expert(operator: str = "QMoE"):
+def ordered(operator: str = "QOrderedMatMul"):
     weight = tensor("w", np.zeros((2, 8, 16)), "uint8")
     return of_nodes(node(operator, ["x", "x", "w", "x"], "y", "experts", **MICROSOFT), initializers=[weight])
 
@@ -484,7 +575,7 @@ REFUSED = [
     ("scales-of-another-axis", dequantized(scale=(4,)), "[4] is not [1, 6]"),
     ("axis-out-of-range", dequantized(scale=(4,), axis=2), "dimension 2 of [4, 6]"),
     ("blocks-that-do-not-fit", dequantized(scale=(4, 2), block_size=2), "is not [4, 3]"),
-    ("unknown-operator", expert(), "feeds QMoE (node `experts`)"),
+    ("unknown-operator", ordered(), "feeds QOrderedMatMul (node `experts`)"),
     ("words-for-a-foreign-operator", foreign(), "feeds QLinear (node `q`): may hold packed codes"),
     ("integers-for-nobody", of_nodes(initializers=[tensor("w", [1, 2], "int8")]), "feeds no node"),
 ]  # fmt: skip
@@ -548,4 +639,4 @@ def test_a_changed_byte_gives_an_error_or_adds_up(tmp_path_factory, data):
 
 def test_an_unknown_encoding_is_told_from_a_broken_file(tmp_path):
     with pytest.raises(UnknownEncoding):
-        inspect(save(tmp_path / "m.onnx", expert()))
+        inspect(save(tmp_path / "m.onnx", ordered()))

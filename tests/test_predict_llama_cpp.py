@@ -24,19 +24,25 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(architecture, "_ask", ask)
 
 
+def unquantized(case):
+    """The tensors of the F16 file; `blk.*` stands for every layer."""
+    layers = next(value for name, value in case["keys"].items() if name.endswith(".block_count"))
+    rows = [(name, dtype, tuple(shape)) for name, dtype, shape in case["unquantized"]]
+    outer = [row for row in rows if "*" not in row[0]]
+    inner = [row for row in rows if "*" in row[0]]
+    return [*outer, *((name.replace("*", str(at)), *rest) for at in range(layers) for name, *rest in inner)]
+
+
 def written(case, recipe):
     types = case["quantized"]["types"]
-    names = (row[0] for row in case["unquantized"])
+    names = (row[0] for row in unquantized(case))
     return {name: types[ord(letter) - ord("A")] for name, letter in zip(names, case["quantized"][recipe], strict=True)}
 
 
-def recipes(case):
-    return [name for name, types in case["quantized"].items() if name != "types" and types]
-
-
 def check(path, case):
-    predicted = predict(path, recipes(case), dtype="bf16").predicted
-    shapes = {name: tuple(shape) for name, _, shape in case["unquantized"]}
+    recipes = [name for name, types in case["quantized"].items() if name != "types" and types]
+    shapes = {name: shape for name, _, shape in unquantized(case)}
+    predicted = predict(path, recipes, dtype="bf16").predicted
     assert len(predicted) >= 2
     for row in predicted:
         stored = {tensor.stored.name: tensor.stored for tensor in row.artifact.tensors}
@@ -53,7 +59,7 @@ def test_a_config_gives_the_tensors_that_llama_cpp_wrote(tmp_path, name):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_an_f16_gguf_gives_the_tensors_that_llama_cpp_wrote(tmp_path, name):
     case = GOLDEN[name]
-    tensors = [Tensor(name, dtype, tuple(shape)) for name, dtype, shape in case["unquantized"]]
+    tensors = [Tensor(*row) for row in unquantized(case)]
     kinds = {str: "string", int: "u32", list: "[u32]"}
     keys = [key(name, kinds[type(value)], value) for name, value in case["keys"].items()]
     check(write_sparse(tmp_path / "f16.gguf", tensors, keys), case)

@@ -51,7 +51,6 @@ NASTY = {
     "long": "x" * 3000,
     "spaces": "  a  b ",
 }
-WIDTH = 4_000  # columns of a terminal, so that no name is broken
 FOREIGN = "img, iframe, object, embed, base, form, link:not([rel=icon])"
 BENIGN = "layer.weight"
 
@@ -154,7 +153,7 @@ def test_annotations_are_the_commands_meant_and_no_others(nasty):
     assert [command.name for command in commands] == ["error"] * 3
     size, unread, wrong = commands
     assert size.properties == {"file": "quantcheck.toml", "line": "4", "title": f"{printable(name)}: size-budget"}
-    assert unread.properties == {"title": printable(name).rstrip()}
+    assert unread.properties == {"file": "quantcheck.toml", "line": "10", "title": printable(name).rstrip()}
     assert wrong.properties["line"] == "7"
     assert all(printable(name) in command.text for command in commands)
 
@@ -183,11 +182,12 @@ def test_log_of_a_workflow_holds_no_command(nasty, tmp_path, capsys):
 
 def test_terminal_shows_the_name_and_obeys_only_our_colours(nasty, tmp_path, monkeypatch, capsys):
     name, run = nasty
-    console = Console(force_terminal=True, width=WIDTH, color_system="standard", highlight=False)
+    width = 300 + len(printable(name))  # no line is broken
+    console = Console(force_terminal=True, width=width, color_system="standard", highlight=False)
     monkeypatch.setattr(terminal, "open_console", lambda: console)
     monkeypatch.setattr(sizes, "open_console", lambda: console)
     printed(name, run, tmp_path, console)
-    screen = pyte.Screen(WIDTH, 200)
+    screen = pyte.Screen(width, 200)
     pyte.Stream(screen).feed(capsys.readouterr().out.replace("\n", "\r\n"))
     assert screen.title == ""
     shown = "\n".join(screen.display)

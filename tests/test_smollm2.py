@@ -9,10 +9,9 @@ pytest.importorskip("onnx", reason="the onnx package makes and parses these mode
 
 from pytest_quantcheck import inspect
 from tests import smollm2
+from tests.smollm2 import SMALL
 from tests.test_cli import quantcheck
 
-# As much of the model is the embedding as of the real one.
-SMALL = smollm2.Sizes(vocab=1_093, hidden=96, intermediate=256, layers=4, heads=3, kv_heads=1, positions=64)
 POSITIONS = 16  # two int64 of the graph
 
 

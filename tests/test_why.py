@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -143,6 +144,62 @@ def test_bits_above_the_most_common_are_weighed_apart(tmp_path):
     assert (reasons["higher_bits"].bytes, reasons["higher_bits"].could_save) == (2 * 64, 2 * 64)
     assert reasons["higher_bits"].names == ("blk.0.attn_v.weight",)
     assert reasons["scales"].savings == reasons["zero_points"].savings == ()
+
+
+def test_a_copy_names_what_it_repeats(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "model", [embedding(), embedding("lm_head.weight")])
+    explanation = explain(inspect(folder))
+    (head,) = (reason for reason in explanation.reasons if reason.kind == "tied_head")
+    assert (head.names, head.originals) == (("lm_head.weight",), ("model.embed_tokens.weight",))
+    sizes.print_explanation(explanation, tree(inspect(folder), 0))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("lm_head.weight") + 1] == "repeats model.embed_tokens.weight"
+
+
+def typed(kind: int, values: list[float], name: str):
+    """An ONNX model whose matrix is in a typed field, and one like it in raw_data."""
+    onnx = pytest.importorskip("onnx", reason="the onnx package makes these models")
+    from tests.cases.onnx import model_of
+
+    matrix = onnx.helper.make_tensor(name, kind, [len(values) // 4, 4], values)
+    scale = onnx.helper.make_tensor("scale", 1, [], [0.5])
+    decoded = [onnx.helper.make_node("DequantizeLinear", [name, "scale"], ["w"])] if kind == 3 else []
+    product = onnx.helper.make_node("MatMul", ["x", "w" if decoded else name], ["y"])
+    return model_of([*decoded, product], [matrix, scale], [("x", kind if kind != 3 else 1, None)], [("y", 1, None)])
+
+
+# id, type, values, bytes beyond two (one) for each: a varint has 7 bits a byte, and 10 bytes where it is negative
+TYPED = [
+    ("negative-int8", 3, [-1] * 400, 400 * 9),
+    ("positive-int8", 3, [1] * 400, 0),
+    ("16-bit-floats", 10, [-1.0] * 400, 400 * 1),
+    ("32-bit-floats", 1, [-1.0] * 400, 0),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "surplus"), [row[1:] for row in TYPED], ids=[row[0] for row in TYPED])
+def test_values_in_typed_fields_are_weighed_apart(tmp_path, kind, values, surplus):
+    (tmp_path / "m.onnx").write_bytes(typed(kind, values, "fc.weight").SerializeToString())
+    explanation = explain(inspect(tmp_path / "m.onnx"))
+    found = {reason.kind: (reason.bytes, reason.savings) for reason in explanation.reasons}
+    assert found.get("typed_fields") == ((surplus, ((surplus, "in raw_data"),)) if surplus else None)
+    assert sum(reason.bytes for reason in explanation.reasons) == explanation.file_bytes
+    assert kind != 3 or explanation.bits == 8
+
+
+def test_rope_tables_and_masks_of_an_onnx_model_have_their_reasons(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the onnx package makes this model")
+    from tests.cases.onnx import model_of
+
+    def zeros(name: str, shape: list[int]):
+        return onnx.helper.make_tensor(name, 1, shape, bytes(4 * math.prod(shape)), raw=True)
+
+    tensors = [zeros("fc.weight", [8, 8]), zeros("cos_cache", [64, 4]), zeros("h.0.causal_mask", [1, 1, 16, 16])]
+    node = onnx.helper.make_node("Sum", [tensor.name for tensor in tensors], ["y"])
+    (tmp_path / "m.onnx").write_bytes(model_of([node], tensors, [], [("y", 1, None)]).SerializeToString())
+    reasons = {reason.kind: reason for reason in explain(inspect(tmp_path / "m.onnx")).reasons}
+    assert (reasons["rope_tables"].bytes, reasons["masks"].bytes, reasons["matrices"].bytes) == (1024, 1024, 256)
+    assert reasons["rope_tables"].savings == ((1024, "computed at load"),)
 
 
 class Zeros:

@@ -64,12 +64,12 @@ def parse_growth(value: str | int) -> Growth:
 
 
 def with_fidelity(outline: Outline, rows: Sequence[Fidelity]) -> Outline:
-    """Return an outline that knows the SQNR of its tensors, in thousandths of a dB; of none is a ValueError."""
+    """Return an outline that knows the SQNR of its tensors, in hundredths of a dB; of none is a ValueError."""
     tensors = dict(outline.tensors)
     if not rows:
         raise ValueError("nothing was compared with the reference")
     for row in rows:
-        tensors[row.name] = tensors[row.name]._replace(sqnr_db=round(row.sqnr_db, 3))
+        tensors[row.name] = tensors[row.name]._replace(sqnr_db=round(row.sqnr_db, 2))
     return outline._replace(tensors=tensors)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_GROUPS = 256
+MAX_HEAD = 512  # rows
 MAX_GRID = 1 << 22  # scales that are held at once to be transposed
 FLOATS = {
     "F16": ("BF16",),
@@ -67,6 +68,18 @@ def signs(sample: Sample) -> Iterator[Attempt]:
             yield _read(sample, "sign-convention", words, other, "two's complement and offset binary were mistaken")
 
 
+def borrows(sample: Sample) -> Iterator[Attempt]:
+    """Offsets taken off whole words, so that one code borrows from the next."""
+    tensor = sample.tensor
+    width = BITS.get(tensor.stored.dtype, 8) // 8
+    for bits in (2, 4):
+        if _packed(tensor, bits):
+            change = partial(rewritten.undo_borrows, bits=bits)
+            other = rewritten.part(tensor, tensor.parts[0].name, change, unit=width)
+            words = "the borrows between neighbouring codes undone"
+            yield _read(sample, "borrows", words, other, "signed codes were made by subtracting from whole words")
+
+
 def byte_order(sample: Sample) -> Iterator[Attempt]:
     """Words and floats of the other byte order."""
     for part in sample.tensor.parts:
@@ -83,9 +96,9 @@ def float_formats(sample: Sample) -> Iterator[Attempt]:
         for dtype in FLOATS.get(part.stored.dtype, ()):
             other = rewritten.part(sample.tensor, part.name, dtype=dtype)
             words = f"`{part.name}` read as {dtype}, not {part.stored.dtype}"
-            yield _read(
-                sample, "float-format", words, other, f"the bytes are {dtype}: the dtype in the header is wrong"
-            )
+            doubled = ", or the scales are doubled" if dtype.endswith("FNUZ") else ""
+            advice = f"the bytes are {dtype} and the dtype in the header is wrong{doubled}"
+            yield _read(sample, "float-format", words, other, advice)
 
 
 def scales(sample: Sample) -> Iterator[Attempt]:
@@ -126,6 +139,19 @@ def zero_points(sample: Sample) -> Iterator[Attempt]:
             yield _read(sample, "zero-points-not-meant", words, other, f"the codes were made without `{part.name}`")
 
 
+def code_offsets(sample: Sample) -> Iterator[Attempt]:
+    """Codes that are all off by one, round the end."""
+    tensor = sample.tensor
+    for bits in (2, 4, 8):
+        for number in (1, -1) if _packed(tensor, bits) else ():
+            change = partial(rewritten.add, bits=bits, number=number)
+            words = f"every code one {'higher' if number > 0 else 'lower'}, round the end"
+            other = rewritten.part(tensor, tensor.parts[0].name, change)
+            yield _read(
+                sample, "codes-off-by-one", words, other, "the packer takes them for signed, or counts from one"
+            )
+
+
 def group_order(sample: Sample) -> Iterator[Attempt]:
     """Each column in another group than its index says."""
     tensor = sample.tensor
@@ -137,6 +163,20 @@ def group_order(sample: Sample) -> Iterator[Attempt]:
         advice = f"`{part.name}` is not the one that the codes were made with"
         pairs = partial(_best_groups, sample, part, groups)
         yield Attempt("group-index", "each column in the group that fits it best", pairs, advice)
+
+
+def heads(sample: Sample) -> Iterator[Attempt]:
+    """Rows paired in heads of another size, or never paired, where the artifact says that they are."""
+    tensor = sample.tensor
+    if tensor.paired_rows is None:
+        return
+    advice = "the converter took another number of heads (grouped queries have fewer keys)"
+    for size in range(4, min(tensor.rows, MAX_HEAD) + 1, 2):
+        if tensor.rows % size == 0 and size != tensor.paired_rows:
+            words = f"rows paired in heads of {size}, not {tensor.paired_rows}"
+            yield _read(sample, "rotary-heads", words, tensor._replace(paired_rows=size), advice)
+    unpaired = tensor._replace(paired_rows=None)
+    yield _read(sample, "rotary-heads", "rows as they are stored", unpaired, "the converter did not pair them")
 
 
 def _best_groups(sample: Sample, part: Part, groups: int) -> list[Pair]:

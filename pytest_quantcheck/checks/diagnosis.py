@@ -40,7 +40,8 @@ class Diagnosis(NamedTuple):
     def __str__(self) -> str:
         if self.tried_db is None:
             return f"{self.name}: {self.words}"
-        proof = f"{self.name}: with {self.words} {self.tried_db:.1f} dB (stored {self.stored_db:.1f} dB)"
+        tried = "no error" if self.tried_db == math.inf else f"{self.tried_db:.1f} dB"
+        proof = f"{self.name}: with {self.words}: {tried} (stored: {self.stored_db:.1f} dB)"
         return f"{proof}; {self.advice}" if self.advice else proof
 
 
@@ -54,8 +55,8 @@ def diagnose(
     if not tensor.params:
         return None
     sample = Sample(tensor, reference, device=device, near=near)
-    if not all(window.reference.isfinite().all() for window in sample.windows) or sample.stored_db == -math.inf:
-        return None  # the reference is not one
+    if not all(window.reference.isfinite().all() for window in sample.windows) or math.isinf(sample.stored_db):
+        return None  # no error, or no reference
     proved = list(_proved(sample))
     if not proved:
         return _signature(sample)
@@ -66,8 +67,6 @@ def diagnose(
 
 def _proved(sample: Sample) -> Iterator[tuple[Attempt, float]]:
     expected, stored = _expected_db(sample), sample.stored_db
-    if stored == math.inf:
-        return
     found = False
     for hypothesis in HYPOTHESES:
         if found and hypothesis.fitted:
@@ -94,9 +93,8 @@ def _tried_db(attempt: Attempt, expected: float) -> float:
 
 def _expected_db(sample: Sample) -> float:
     tensor, rounding = sample.tensor, sample.tensor.rounding
-    if rounding is not None and not rounding.whole:
-        nearest = ((rounding.nearest(tensor, w.reference, None), w.reference) for w in sample.windows)
-        return sqnr_db(nearest) - max(rounding.margin_db, BETTER_DB)
+    if rounding is not None and sample.rounding_db is not None:
+        return sample.rounding_db - max(rounding.margin_db, BETTER_DB)
     if tensor.floor_db is not None:
         return tensor.floor_db
     bits = 8 * tensor.parts[0].bytes[0][1] / tensor.params
@@ -113,15 +111,12 @@ def _signature(sample: Sample) -> Diagnosis | None:
         return None
     if abs(gain) < UNRELATED and stored < 0:
         words = (
-            f"gain {gain:.2f}: codes in another order, read by another table, or other weights give values unrelated"
+            f"values that have nothing to do with the reference (gain {gain:.2f}): other weights, or codes in disorder"
         )
-        return Diagnosis("unrelated", f"{words} to the reference", stored)
+        return Diagnosis("unrelated", words, stored)
     if abs(gain - 1) < GAIN and abs(bias) > BIAS:
         words = f"bias {bias:+.2f} sigma at gain {gain:.2f}: what a zero point off by one gives"
         return Diagnosis("bias", words, stored)
-    if abs(gain - 1) > GAIN and abs(bias) < BIAS and stored > 0:
-        words = f"gain {gain:.2f} without bias: what scales of some rows or blocks give that are off"
-        return Diagnosis("gain-unproved", words, stored)
     return None
 
 

@@ -50,6 +50,7 @@ class Slab(NamedTuple):
     stop: int
     step: int
     device: str
+    in_steps: bool
 
 
 class Measured(NamedTuple):
@@ -59,23 +60,29 @@ class Measured(NamedTuple):
     values: int
     shards: tuple[Sums, ...]
     extremes: Extremes
+    in_steps: bool
 
 
 Pair = tuple[LogicalTensor, LogicalTensor]
 
 
-def measure(tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu") -> Fidelity:
-    """Return the metrics of one tensor against a reference of the same shape (`views` bring others to it).
+def measure(
+    tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu", in_steps: bool = False
+) -> Fidelity:
+    """Return the metrics of one tensor against a reference of the same shape.
 
+    `in_steps` measures errors in quantization steps too, where they are known: that takes several times longer.
     Raises `NotDecodable` where values cannot be reached.
     """
-    return next(iter(measure_each([(tensor, reference)], device=device, workers=1)))
+    (row,) = measure_each([(tensor, reference)], device=device, in_steps=in_steps, workers=1)
+    return row
 
 
 def measure_each(
     pairs: Sequence[Pair],
     *,
     device: str = "cpu",
+    in_steps: bool = False,
     executor: Executor | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -85,7 +92,7 @@ def measure_each(
     Slabs go to `executor`, or to `workers` threads of this process (as many as torch would use, at most eight; one for
     a GPU). `progress` is told how many values have been compared since it was told last.
     """
-    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, device)]
+    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, device, in_steps)]
     batches = list(_batches(slabs))
     with _running(executor, workers, device) as submit:
         for at, parts in groupby(_told(submit(batches), progress), key=lambda part: part.pair):
@@ -146,14 +153,15 @@ def _told(parts: Iterator[Measured], progress: Callable[[int], None] | None) -> 
         yield part
 
 
-def _slabs(at: int, pair: Pair, device: str) -> Iterator[Slab]:
+def _slabs(at: int, pair: Pair, device: str, in_steps: bool) -> Iterator[Slab]:
     tensor, reference = _flat(*pair)
     step = _rows_per_window(tensor, GPU_WINDOW if device != "cpu" else WINDOW)
+    in_steps = in_steps and tensor.rounding is not None and tensor.rounding.steps is not None
     rows = max(step, SLAB // max(1, tensor.columns) // step * step)
     if tensor.rounding is not None and tensor.rounding.whole:
         rows = max(1, tensor.rows)  # the largest magnitude of all is looked for once
     for start in range(0, max(1, tensor.rows), rows):
-        yield Slab(at, tensor, reference, start, min(start + rows, tensor.rows), step, device)
+        yield Slab(at, tensor, reference, start, min(start + rows, tensor.rows), step, device, in_steps)
 
 
 def _batches(slabs: Iterable[Slab]) -> Iterator[list[Slab]]:
@@ -194,31 +202,35 @@ def _rows_per_window(tensor: LogicalTensor, values: int) -> int:
 
 def _measure(slab: Slab) -> Measured:
     """Add up one slab."""
-    tensor, reference = _held(slab.tensor), _held(slab.reference)
-    where = cuts(tensor)
+    where = cuts(slab.tensor)
     shards = [Sums() for _ in where.starts]
     extremes = Extremes()
-    files.expect(tensor.stored, slab.start, slab.stop, tensor.rows)
-    files.expect(reference.stored, slab.start, slab.stop, tensor.rows)
-    largest = _largest(reference, slab.device) if tensor.rounding is not None and tensor.rounding.whole else None
-    for start, stop, wanted in _reference_rows(slab, reference):
-        found, seen = _window(tensor, wanted, largest, start, stop, slab.device)
-        extremes = extremes.plus(seen)
-        for shard, first, last in pieces(where, start, stop):
+    for start, found in _windows(slab):
+        extremes = extremes.plus(found.extremes)
+        for shard, first, last in pieces(where, start, start + found.sums.shape[1]):
             shards[shard] = shards[shard].plus(found.over(first - start, last - start))
-    return Measured(slab.pair, (slab.stop - slab.start) * tensor.columns, tuple(shards), extremes)
+    return Measured(slab.pair, (slab.stop - slab.start) * slab.tensor.columns, tuple(shards), extremes, slab.in_steps)
 
 
-def _window(
-    tensor: LogicalTensor, reference: torch.Tensor, largest: float | None, start: int, stop: int, device: str
-) -> tuple[window.Rows, Extremes]:
-    decoded = tensor.decode(start, stop, device)
-    changed = 0
-    if not tensor.quantized and tensor.stored.dtype in CASTS:
-        changed = _changed(tensor, decoded, reference)
-    rounded = tensor.rounding.nearest(tensor, reference, largest) if tensor.rounding is not None else None
-    found = window.measure(decoded, reference, rounded, block=tensor.block, first=start)
-    return found, found.extremes._replace(changed=changed)
+def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
+    """Yield what each window has, and its first row."""
+    tensor, reference, device = _held(slab.tensor), _held(slab.reference), slab.device
+    for one in (tensor, reference):
+        if not views.is_view(one):
+            files.expect(one.stored, slab.start, slab.stop, one.rows)
+    rounding = tensor.rounding
+    largest = _largest(reference, device) if rounding is not None and rounding.whole else None
+    exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
+    for start, decoded, wanted in _decoded(slab, tensor, reference):
+        changed = _changed(tensor, decoded, wanted) if exact else 0
+        rounded = None if rounding is None else rounding.nearest(tensor, wanted, largest)
+        found = window.measure(decoded, wanted, rounded, block=tensor.block, first=start)
+        extremes = found.extremes._replace(changed=changed)
+        if slab.in_steps and rounding is not None and rounding.steps is not None:
+            steps = rounding.steps(tensor, start, start + len(wanted), device)
+            worst, beyond = window.in_steps(decoded - wanted, steps)
+            extremes = extremes._replace(max_steps=worst, beyond=beyond)
+        yield start, found._replace(extremes=extremes)
 
 
 def _changed(tensor: LogicalTensor, decoded: torch.Tensor, reference: torch.Tensor) -> int:
@@ -240,19 +252,29 @@ def _held(tensor: LogicalTensor) -> LogicalTensor:
     return tensor._replace(parts=(first, *parts))
 
 
-def _reference_rows(slab: Slab, reference: LogicalTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield the windows of a slab with the rows of the reference; many at once where they are columns of a matrix."""
-    if not slab.tensor.params:
+def _decoded(
+    slab: Slab, tensor: LogicalTensor, reference: LogicalTensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield the first row of each window and both sides of it; many are decoded at once where that is cheaper."""
+    if not tensor.params:
         return
     strip = slab.step
-    if views.is_turned(reference):
-        strip = max(slab.step, STRIP // max(1, slab.tensor.columns) // slab.step * slab.step)
+    if views.is_turned(reference) or _lies_across(tensor):
+        strip = max(slab.step, STRIP // max(1, tensor.columns) // slab.step * slab.step)
     for low in range(slab.start, slab.stop, strip):
         high = min(low + strip, slab.stop)
-        rows = reference.decode(low, high, slab.device)
-        for start in range(low, high, slab.step):
-            stop = min(start + slab.step, high)
-            yield start, stop, rows[start - low : stop - low]
+        ours, theirs = (one.decode(low, high, slab.device) for one in (tensor, reference))
+        for start in range(0, high - low, slab.step):
+            stop = start + slab.step
+            yield low + start, ours[start:stop], theirs[start:stop]
+
+
+def _lies_across(tensor: LogicalTensor) -> bool:
+    """Whether codes seem to be stored with inputs first, so that some rows are a little of every stored row."""
+    shape = tensor.stored.shape
+    if not tensor.quantized or len(shape) != 2:
+        return False
+    return 1 < shape[1] == tensor.rows > shape[0] or shape[0] == tensor.columns > shape[1] > 1
 
 
 def _largest(reference: LogicalTensor, device: str) -> float:
@@ -278,4 +300,5 @@ def _fidelity(tensor: LogicalTensor, parts: list[Measured]) -> Fidelity:
         reduce(Extremes.plus, (part.extremes for part in parts)),
         named if tensor.quantized and len(named) > 1 else (),
         rounds=tensor.rounding is not None,
+        in_steps=parts[0].in_steps,
     )

@@ -7,8 +7,9 @@ failure.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import zip_longest
 from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
@@ -16,7 +17,7 @@ from pytest_quantcheck.checks import smoothing
 from pytest_quantcheck.checks.alignment import align
 from pytest_quantcheck.checks.diagnosis import diagnose
 from pytest_quantcheck.checks.engine import measure, measure_each
-from pytest_quantcheck.checks.limits import Limits, judge, outliers, require_matches
+from pytest_quantcheck.checks.limits import Limits, expects_rounding, judge, outliers, require_matches
 from pytest_quantcheck.checks.metrics import Fidelity, sqnr_db
 from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.pairing import pair as pair_tensors
@@ -62,7 +63,15 @@ def compare(
     pairs, findings = pairing.pairs, list(pairing.findings)
     require_matches(limits, [tensor.name for tensor, _ in pairs])
     measured = measure_each(
-        pairs, device=device, executor=executor, workers=workers, progress=_progress(pairs, progress)
+        [
+            (tensor if expects_rounding(tensor, limits) else tensor._replace(rounding=None), other)
+            for tensor, other in pairs
+        ],
+        device=device,
+        in_steps=limits.max_steps is not None,
+        executor=executor,
+        workers=workers,
+        progress=_progress(pairs, progress),
     )
     rows = [judge(row, tensor, limits) for row, (tensor, _) in zip(measured, pairs, strict=True)]
     findings += [Finding("fidelity", "error", row.name, fault) for row in rows for fault in row.faults]
@@ -123,20 +132,30 @@ def _vacuous(rows: list[Fidelity]) -> Iterator[Finding]:
 def check_fidelity(comparison: Comparison) -> Verdict:
     """Turn a comparison into a verdict: worst tensors first."""
     errors = [finding for finding in comparison.findings if finding.severity == "error"]
-    likely = [finding for finding in comparison.findings if finding.check == "diagnosis"]
+    likely = {finding.tensor: finding.message for finding in comparison.findings if finding.check == "diagnosis"}
     total = "" if comparison.sqnr_db is None else f", {comparison.sqnr_db:.2f} dB over the quantized values"
     wrong = {finding.tensor for finding in errors if finding.tensor}
     headline = f"fidelity: {counted(len(comparison.tensors), 'tensor')} compared{total}, {len(wrong):,} wrong"
     by_tensor: dict[str | None, list[str]] = {}
-    for finding in (*errors, *likely):
+    for finding in errors:
         by_tensor.setdefault(finding.tensor, []).append(finding.message)
     order = {row.name: at for at, row in enumerate(comparison.tensors)}
     names = sorted(by_tensor, key=lambda name: order.get(name or "", -1))
     lines = [f"{name + ': ' if name else ''}{'; '.join(by_tensor[name])}" for name in names]
-    return Verdict("dequant-fidelity", not errors, headline, tuple(worst(lines)), comparison.findings)
+    return Verdict(
+        "dequant-fidelity", not errors, headline, tuple(_explained(lines, names, likely)), comparison.findings
+    )
 
 
-def _margin(row: Fidelity) -> tuple[bool, float]:
+def _explained(lines: list[str], names: list[str | None], likely: Mapping[str | None, str]) -> Iterator[str]:
+    """Yield the worst lines, and under each what is likely wrong with its tensor."""
+    for line, name in zip_longest(worst(lines), names[:WORST]):
+        yield line
+        if name in likely:
+            yield f"  {likely[name]}"
+
+
+def _margin(row: Fidelity) -> tuple[bool, float, float]:
     """Faulty rows first, then by how little they are above what was expected."""
-    distance = row.sqnr_db - (row.expected_sqnr_db or 0.0)
-    return not row.faults, -math.inf if math.isnan(distance) else distance
+    above = row.sqnr_db - (row.expected_sqnr_db or 0.0)
+    return not row.faults, -math.inf if math.isnan(above) else round(above, 2), row.sqnr_db

@@ -23,31 +23,41 @@ MIN_SHARD = 4  # rows
 SHARED = 16  # values for each number that is fitted, at least
 LOST = 0.5  # noise to signal of a lost block: 3 dB, where 4-bit formats have healthy ones of 10 and more
 MAX_LOST = 20  # one block in so many
+MUCH = 8.0  # times the noise of rounding: 9 dB
+SOUND_DB = 14.0  # formats that keep less have such blocks when they are sound
 
 
 def damage(sample: Sample) -> Iterator[Attempt]:
     """A few blocks that are lost, in a tensor that is sound otherwise."""
     tensor = sample.tensor
-    cut = [_lost(tensor, window) for window in sample.windows]
-    count, total = (sum(int(values.sum()) for values in each) for each in zip(*cut, strict=True))
+    lost = [_lost(tensor, window) for window in sample.windows]
+    count, total = sum(int(each.sum()) for each in lost), sum(each.numel() for each in lost)
     if not 0 < count <= total // MAX_LOST:
         return
-    window, lost = next((window, lost) for window, (lost, _) in zip(sample.windows, cut, strict=True) if lost.any())
-    where = _place(tensor, window, int(lost.nonzero()[0]))
+    window, bad = next((window, bad) for window, bad in zip(sample.windows, lost, strict=True) if bad.any())
+    where = _place(tensor, window, int(bad.nonzero()[0]))
     words = f"{count:,} of {total:,} blocks left out ({'the first is ' if count > 1 else ''}{where})"
 
     def pairs() -> Iterator[Pair]:
-        for window, (bad, _) in zip(sample.windows, cut, strict=True):
+        for window, bad in zip(sample.windows, lost, strict=True):
             yield blocks(tensor, window.decoded)[~bad], blocks(tensor, window.reference)[~bad]
 
     yield Attempt("damaged-blocks", words, pairs, "their scale is dead or their codes are corrupt")
 
 
-def _lost(tensor: LogicalTensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which blocks of a window carry next to nothing of the reference, and which hold anything."""
-    error = blocks(tensor, window.decoded - window.reference)
-    energy = blocks(tensor, window.reference).square().sum(dim=1)
-    return ~(error.square().sum(dim=1) <= LOST * energy), energy >= 0
+def _lost(tensor: LogicalTensor, window: Window) -> torch.Tensor:
+    """Which blocks of a window carry next to nothing of the reference, though rounding to nearest would."""
+    noise = _energy(tensor, window.decoded - window.reference)
+    lost = ~(noise <= LOST * _energy(tensor, window.reference))
+    rounding = tensor.rounding
+    if rounding is None or rounding.whole:
+        return lost & ((tensor.floor_db or 0.0) >= SOUND_DB)
+    nearest = rounding.nearest(tensor, window.reference, None)
+    return lost & ~(noise <= MUCH * _energy(tensor, nearest - window.reference))
+
+
+def _energy(tensor: LogicalTensor, values: torch.Tensor) -> torch.Tensor:
+    return blocks(tensor, values).square().sum(dim=1)
 
 
 def _place(tensor: LogicalTensor, window: Window, at: int) -> str:
@@ -137,6 +147,8 @@ def low_rank(sample: Sample) -> Iterator[Attempt]:
     """A difference of few dimensions, spread over rows and columns: an adapter."""
     import torch
 
+    if sample.stored_db < 0:
+        return  # more would have been added than there is
     head = sample.head
     residual = head.reference - head.decoded
     limit = min(residual.shape) // 8

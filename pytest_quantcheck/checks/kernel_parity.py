@@ -20,6 +20,7 @@ from pytest_quantcheck.checks import kernels
 from pytest_quantcheck.checks.coverage import matches
 from pytest_quantcheck.checks.fidelity import sqnr_db
 from pytest_quantcheck.checks.kernels import Layer
+from pytest_quantcheck.checks.pairing import Pairing, pair
 from pytest_quantcheck.checks.verdict import WORST, Verdict
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.quantities import counted, format_shape
@@ -75,15 +76,16 @@ def compare(model: Any, artifact: Artifact, reference: Artifact | None = None, *
         for tensor in artifact.tensors
         if tensor.quantized and not any(matches(tensor.name, pattern) for pattern in skip)
     }
+    pairing = None if reference is None else pair(artifact, reference)
     rows, failures = [], []
     for layer in kernels.layers(model, artifact):
         if wanted.pop(layer.tensor.name, None) is None:
             continue
         try:
-            rows.append(_parity(layer, _counterpart(layer.tensor, reference)))
+            rows.append(_parity(layer, _counterpart(layer.tensor, pairing)))
         except FormatError as error:
             failures.append((layer.tensor.name, error.what))
-        except (RuntimeError, AttributeError, NotImplementedError) as error:
+        except Exception as error:  # whatever a library raises is its answer
             what = f"{layer.package} cannot decode it here: {type(error).__name__}: {error}".splitlines()[0]
             failures.append((layer.tensor.name, what))
     failures += [(name, "no library is known to decode it: hold its forward to it, and skip it") for name in wanted]
@@ -127,17 +129,15 @@ def _lines(row: Parity) -> Iterator[str]:
     yield f"  compare `{row.call}` with `inspect(model).tensor({row.name!r}).decode()`"
 
 
-def _counterpart(tensor: LogicalTensor, reference: Artifact | None) -> LogicalTensor | None:
-    if reference is None:
+def _counterpart(tensor: LogicalTensor, pairing: Pairing | None) -> LogicalTensor | None:
+    if pairing is None:
         return None
-    try:
-        found = reference.tensor(tensor.name)
-    except KeyError:
-        raise FormatError(f"is not in the reference `{reference.source}`") from None
-    if found.shape not in (tensor.shape, tensor.shape[::-1] if tensor.transposed else tensor.shape):
-        what = f"is {format_shape(tensor.shape)}, the reference has {format_shape(found.shape)}"
-        raise FormatError(what)
-    return found
+    for own, reference in pairing.pairs:
+        if own.name == tensor.name:
+            return reference
+    raise FormatError(
+        next((found.message for found in pairing.findings if found.tensor == tensor.name), "is not compared")
+    )
 
 
 def _parity(layer: Layer, reference: LogicalTensor | None) -> Parity:
@@ -155,13 +155,11 @@ def _parity(layer: Layer, reference: LogicalTensor | None) -> Parity:
     epsilon = max(torch.finfo(dtype).eps for dtype in (theirs.dtype, *kernels.precisions(tensor)))
     sums = _Sums(tensor, epsilon)
     library = theirs.reshape(tensor.rows, tensor.columns)
-    turned = None if reference is None or reference.shape == tensor.shape else reference.decode(device=device).t()
     for start, stop in _windows(tensor, sums.width):
         stored = tensor.decode(start, stop, device)
         sums.add(start, library[start:stop].float(), stored)
         if reference is not None:
-            truth = reference.decode(start, stop, device) if turned is None else turned[start:stop]
-            sums.add_reference(library[start:stop].float(), stored, truth)
+            sums.add_reference(library[start:stop].float(), stored, reference.decode(start, stop, device))
     return sums.result(layer, theirs.device)
 
 

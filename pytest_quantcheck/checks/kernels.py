@@ -91,9 +91,9 @@ def precisions(tensor: LogicalTensor) -> set[torch.dtype]:
 
 
 def version(package: str) -> str:
-    """Return the distribution that a package comes from, and its version: `bitsandbytes 0.50.2`."""
-    name = metadata.packages_distributions().get(package, [package])[0]
-    return f"{name} {metadata.version(name)}"
+    """Return the distribution that a package comes from, and its version: `bitsandbytes 0.50.2`; else the package."""
+    names = metadata.packages_distributions().get(package)
+    return f"{names[0]} {metadata.version(names[0])}" if names else package
 
 
 def place(device: torch.device) -> str:

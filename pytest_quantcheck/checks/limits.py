@@ -44,7 +44,8 @@ class Limits(NamedTuple):
     """What is allowed. `auto` takes what each tensor's encoding can be expected to keep.
 
     `min_sqnr_db` may be a mapping of name patterns, the first that matches counts; what none matches is `auto`.
-    `equal` requires plain tensors to be the reference in their dtype, to the bit.
+    `equal` requires plain tensors to be the reference in their dtype, to the bit. `max_steps` limits the error in
+    quantization steps where those are known: what was rounded to nearest is never off by more than half of one.
     """
 
     min_sqnr_db: Decibels | Mapping[str, Decibels] = "auto"
@@ -53,6 +54,7 @@ class Limits(NamedTuple):
     min_block_sqnr_db: Decibels = "auto"
     max_error: float | None = None
     equal: bool = True
+    max_steps: float | None = None
 
 
 def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
@@ -67,7 +69,18 @@ def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
     faults += _places(row, tensor, limits)
     if limits.max_error is not None and not row.max_error <= limits.max_error:
         faults.append(f"maximum error {row.max_error:.3g} is over {limits.max_error:g}")
+    steps = row.max_error_steps
+    if limits.max_steps is not None and steps is not None and not steps <= limits.max_steps:
+        faults.append(
+            f"error of {steps:.3g} steps is over {limits.max_steps:g}: {row.beyond_half_step or 0:,} values are "
+            "further than half a step from the reference"
+        )
     return row._replace(expected_sqnr_db=expected, faults=tuple(faults))
+
+
+def expects_rounding(tensor: LogicalTensor, limits: Limits) -> bool:
+    """Whether anything that is asked of a tensor depends on how its encoding rounds."""
+    return _given(tensor.name, limits) == "auto" or limits.max_steps is not None
 
 
 def require_matches(limits: Limits, names: Iterable[str]) -> None:

@@ -129,8 +129,9 @@ class Extremes(NamedTuple):
 class Fidelity(NamedTuple):
     """The metrics of one tensor, what was expected of it, and what is wrong with it.
 
-    `sums` are over all its values, `shards` over rows that belong together. `rounds` and `steps` tell whether it is
-    known how the encoding rounds, and how wide its steps are. `expected_sqnr_db` and `faults` are set by the limits.
+    `sums` are over all its values, `shards` over rows that belong together. `rounds` tells whether it is known how the
+    encoding rounds, `in_steps` whether errors were measured in steps. `expected_sqnr_db` and `faults` are set by the
+    limits.
     """
 
     name: str
@@ -140,7 +141,7 @@ class Fidelity(NamedTuple):
     extremes: Extremes
     shards: tuple[Shard, ...] = ()
     rounds: bool = False
-    steps: bool = False
+    in_steps: bool = False
     expected_sqnr_db: float | None = None
     faults: tuple[str, ...] = ()
 
@@ -201,13 +202,13 @@ class Fidelity(NamedTuple):
 
     @property
     def max_error_steps(self) -> float | None:
-        """The largest error, in quantization steps where it is; None where the steps are not known."""
-        return self.extremes.max_steps if self.steps else None
+        """The largest error, in quantization steps where it is; None where that was not measured."""
+        return self.extremes.max_steps if self.in_steps else None
 
     @property
     def beyond_half_step(self) -> int | None:
         """How many values are further than half a step from the reference: none of what was rounded to nearest."""
-        return self.extremes.beyond if self.steps else None
+        return self.extremes.beyond if self.in_steps else None
 
     @property
     def min_block_sqnr_db(self) -> float:

@@ -126,4 +126,8 @@ def _period(order: torch.Tensor) -> int | None:
 
 
 def _excerpt(order: torch.Tensor) -> str:
-    return ", ".join("?" if at < 0 else str(at) for at in order[:6].tolist()) + ", ..."
+    """A few of an order, from where it first leaves its place."""
+    found = order.tolist()
+    first = max(0, next(at for at, place in enumerate(found) if place != at) - 1)
+    shown = ", ".join("?" if place < 0 else str(place) for place in found[first : first + 6])
+    return f"{shown}, ..." if not first else f"from {first}: {shown}, ..."

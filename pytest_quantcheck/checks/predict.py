@@ -1,25 +1,38 @@
 """The size of a model that nobody has quantized yet: what a recipe writes, read by the schemes as a file would be.
 
     tensor bytes = what the tensors of the written files have, exactly
-    file bytes   = tensor bytes + headers, metadata, padding: not predicted
+    file bytes   = tensor bytes + headers, metadata and padding
+
+Only tensor bytes are predicted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_quantcheck import recipes
 from pytest_quantcheck.artifact import Artifact, of_container, uncollected
 from pytest_quantcheck.checks.unquantized import unquantized
+from pytest_quantcheck.checks.why import Kind, plain_kind
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.quantities import parse_size
-from pytest_quantcheck.recipes.recipe import Unquantized
-from pytest_quantcheck.tensor import Container
+from pytest_quantcheck.recipes.recipe import Unquantized, Written
+from pytest_quantcheck.tensor import ByteClass, Container, LogicalTensor, StoredTensor
 
 # What people have: memory of accelerators is sold in GB and is GiB.
 BUDGETS = ("8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB", "80 GiB")
+
+
+class Kept(NamedTuple):
+    """Unquantized parameters of one kind."""
+
+    kind: Kind
+    tensors: int
+    params: int
+    bytes: int
 
 
 class Predicted(NamedTuple):
@@ -65,36 +78,62 @@ def predict(
         recipes.named(name)
     with uncollected():
         model = unquantized(path, dtype)
-        predicted = tuple(_predicted(name, model) for name in names or recipes.shown())
-    for row in predicted:
+        rows = tuple(predicted(name, model) for name in names or recipes.shown())
+    for row in rows:
         if row.refused and names:
             raise ValueError(f"recipe `{row.recipe}`: {row.refused}")
-    return Prediction(
-        model.source,
-        model.parameters,
-        model.dtype,
-        predicted,
-        tuple(Fit(budget, size, _within(size, predicted)) for budget, size in budgets),
-    )
+    fitting = tuple(Fit(budget, size, _within(size, rows)) for budget, size in budgets)
+    return Prediction(model.source, model.parameters, model.dtype, rows, fitting)
 
 
-def _predicted(name: str, model: Unquantized) -> Predicted:
+def bytes_by_class(artifact: Artifact) -> dict[ByteClass, int]:
+    """Return the bytes of all tensors, largest class first; a tied head that is written twice is not dead here."""
+    found: Counter[ByteClass] = Counter()
+    for tensor in artifact.tensors:
+        found.update(tensor.bytes)
+    return dict(found.most_common())
+
+
+def kept(artifact: Artifact) -> list[Kept]:
+    """Return what stays unquantized, largest first."""
+    groups: dict[Kind, list[LogicalTensor]] = {}
+    for tensor in artifact.parameters:
+        if not tensor.quantized:
+            groups.setdefault(plain_kind(tensor), []).append(tensor)
+    rows = [
+        Kept(kind, len(same), sum(tensor.params for tensor in same), sum(tensor.nbytes for tensor in same))
+        for kind, same in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def predicted(name: str, model: Unquantized) -> Predicted:
+    """Return what one recipe makes of a model, or why it cannot."""
     recipe, options = recipes.named(name)
     try:
         written = recipe.write(model, options)
         tensors = {stored.name: stored for stored in written.tensors}
     except ValueError as error:
         return Predicted(name, recipe.title, None, refused=str(error))
-    size = sum(stored.nbytes for stored in tensors.values())
-    config = {**model.config, "quantization_config": dict(written.quantization)} if written.quantization else {}
-    container = Container(recipe.container, f"{model.source} as {name}", tensors, size, configs={"config.json": config})
-    artifact = of_container(container)
+    artifact = of_container(_container(recipe.container, f"{model.source} as {name}", tensors, model, written))
     if artifact.logical_params != model.parameters:
         what = f"recipe `{name}` writes {artifact.logical_params:,} parameters of {model.parameters:,}"
         raise FormatError(what, file=model.source)
     return Predicted(name, recipe.title, artifact, written.less)
 
 
-def _within(size: int, predicted: Sequence[Predicted]) -> tuple[str, ...]:
-    fitting = [(row.artifact.file_bytes, row.recipe) for row in predicted if row.artifact]
-    return tuple(name for nbytes, name in sorted(fitting, reverse=True) if nbytes <= size)
+def _container(
+    kind: str, source: str, tensors: Mapping[str, StoredTensor], model: Unquantized, written: Written
+) -> Container:
+    """The tensors as a container without headers; recipes tell what is tied, there are no values to compare."""
+    config = {**model.config, "tie_word_embeddings": False}
+    config.pop("quantization_config", None)
+    if written.quantization:
+        config["quantization_config"] = dict(written.quantization)
+    size = sum(stored.nbytes for stored in tensors.values())
+    return Container(kind, source, tensors, size, configs={"config.json": config})
+
+
+def _within(size: int, rows: Sequence[Predicted]) -> tuple[str, ...]:
+    fitting = [(row.artifact.file_bytes, row.recipe) for row in rows if row.artifact]
+    return tuple(name for nbytes, name in sorted(fitting, key=lambda row: -row[0]) if nbytes <= size)

@@ -175,7 +175,7 @@ def _different_bytes(one: bytearray, other: bytearray) -> tuple[int, int]:
 def _layouts(one: Any, other: Any) -> str:
     """The fields in which two layouts differ."""
     fields = getattr(one, "_fields", ())
-    if fields != getattr(other, "_fields", ()):
+    if not fields or fields != getattr(other, "_fields", ()):
         return f"is laid out as {one} on one side, as {other} on the other"
     different = [
         f"{name} {mine} and {theirs}"

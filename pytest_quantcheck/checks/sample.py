@@ -1,7 +1,9 @@
 """A few windows of a tensor and of its reference, decoded: enough to try a hypothesis, whatever the tensor's size.
 
-windows  at most four, whole rows, evenly spread, each starting where a block starts
-head     the first rows, more of them: whole attention heads for questions about the order of rows
+    windows  at most four, whole rows, evenly spread, each starting where a block starts; one more where a fault is known
+    head     the first rows, more of them: whole attention heads for questions about the order of rows
+
+Both are decoded once.
 """
 
 from __future__ import annotations
@@ -67,8 +69,9 @@ class Sample:
         starts = {(rows - size) * at // (WINDOWS - 1) // aligned * aligned for at in range(WINDOWS)}
         spans = {start: start + size for start in starts}
         if self.near is not None:
-            start = self.near // aligned * aligned
-            spans[start] = min(rows, start + max(size, aligned))
+            unit = math.lcm(grid, _rows_of_block(self.tensor))
+            start = self.near // unit * unit
+            spans[start] = min(rows, start + max(size, unit))
         return tuple(self.window(*span) for span in sorted(spans.items()))
 
     @cached_property
@@ -80,6 +83,14 @@ class Sample:
     def stored_db(self) -> float:
         """The SQNR of the windows as they are stored."""
         return sqnr_db((window.decoded, window.reference) for window in self.windows)
+
+    @cached_property
+    def rounding_db(self) -> float | None:
+        """The SQNR of the windows rounded to nearest in this encoding; None where that is not known for a part."""
+        rounding = self.tensor.rounding
+        if rounding is None or rounding.whole:
+            return None
+        return sqnr_db((rounding.nearest(self.tensor, one.reference, None), one.reference) for one in self.windows)
 
     def window(self, start: int, stop: int) -> Window:
         """Decode some rows of both sides."""

@@ -39,7 +39,7 @@ def cuts(tensor: LogicalTensor) -> Cuts:
     heads, rest = tensor.columns, period - tensor.columns
     if _QKV.search(tensor.name) and 0 < rest <= 2 * heads and rest % 2 == 0:
         return Cuts(period, (0, heads, heads + rest // 2), ("q", "k", "v"))
-    runs = min(RUNS, rows)
+    runs = max(1, min(RUNS, rows))
     starts = tuple(rows * at // runs for at in range(runs))
     stops = (*starts[1:], rows)
     return Cuts(

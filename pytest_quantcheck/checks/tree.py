@@ -13,7 +13,7 @@ from pytest_quantcheck.tensor import LogicalTensor
 Level = Literal["artifact", "component", "layers", "tensor", "part"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 DEPTH = LEVELS.index("part")
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Node(NamedTuple):
@@ -73,7 +73,7 @@ def _layers_node(component: str, indices: list[int], layers: dict[int, list[Logi
 def _looks(tensors: list[LogicalTensor]) -> Hashable:
     """What two layers have in common where they are alike; records beside weights may differ by a digit."""
     return tuple(
-        sorted((_INDEX.sub("*", tensor.name), tensor.shape, tensor.scheme, tensor.stored.dtype) for tensor in tensors)
+        sorted((INDEX.sub("*", tensor.name), tensor.shape, tensor.scheme, tensor.stored.dtype) for tensor in tensors)
     )
 
 
@@ -85,7 +85,7 @@ def _grouped(tensors: Iterable[LogicalTensor], prefixes: Iterable[int]) -> list[
     """One node for tensors of the same name but for their numbers: the experts of a layer, the siblings of a stack."""
     groups: dict[str, list[LogicalTensor]] = {}
     for tensor, prefix in zip(tensors, prefixes, strict=True):
-        groups.setdefault(_INDEX.sub("*", "." + tensor.name[prefix:])[1:], []).append(tensor)
+        groups.setdefault(INDEX.sub("*", "." + tensor.name[prefix:])[1:], []).append(tensor)
     return [_branch("tensor", name, _parts(same), len(same)) for name, same in groups.items()]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pytest_quantcheck import architecture, containers, schemes
 from pytest_quantcheck.artifact import Artifact, of_container
 from pytest_quantcheck.containers import files
+from pytest_quantcheck.dtypes import DTYPES, OF_TORCH
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.recipes.recipe import Kind, Unquantized, Weight
 from pytest_quantcheck.tensor import Container, LogicalTensor
@@ -67,7 +68,8 @@ def _of_config(path: str, config: Mapping[str, Any], dtype: str | None) -> Unqua
         raise ValueError(f"{path}: names no dtype of 16 or 32 bits: give --dtype")
     answer = architecture.described(path, config)
     weights = tuple(
-        Weight(name, tuple(shape), kind, tuple(wide)) for name, shape, kind, wide in answer["tensors"]
+        Weight(name, tuple(shape), kind, tuple(wide), OF_TORCH.get(own))
+        for name, shape, kind, own, wide in answer["tensors"]
     )
     chosen = SHORT[dtype] if dtype else str(said)
     return Unquantized(path, config, chosen, answer["parameters"], weights, answer["tied_head"])
@@ -84,7 +86,7 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
 def _of_artifact(artifact: Artifact, container: Container, dtype: str | None) -> Unquantized:
     for tensor in artifact.tensors:
         if tensor.quantized:
-            what = f"is quantized already ({tensor.scheme}): a prediction starts from an unquantized model"
+            what = f"is quantized already ({tensor.scheme}): predict from the unquantized model, or its config.json"
             raise FormatError(what, file=artifact.source, tensor=tensor.name)
     config = artifact.configs.get("config.json", {})
     is_ggml = container.kind == "gguf"
@@ -122,13 +124,14 @@ def _most_common(artifact: Artifact) -> str:
 
 
 def _tied_head(artifact: Artifact, config: Mapping[str, Any]) -> str | None:
-    """The name of the output head where it is no tensor of its own."""
-    aliased = next((alias for alias in artifact.aliases if alias.endswith(HEADS)), None)
-    copied = next((tensor.name for tensor in artifact.tensors if tensor.role == "tied"), None)
-    if aliased or copied:
-        return aliased or copied
-    has_head = any(tensor.name.endswith(HEADS) for tensor in artifact.tensors)
-    return None if has_head or config.get("tie_word_embeddings") is False else "lm_head.weight"
+    """The name of the output head where it is no tensor of its own: told by config.json, or always so in a GGUF."""
+    tied = [*artifact.aliases, *(tensor.name for tensor in artifact.tensors if tensor.role == "tied")]
+    named = next((name for name in tied if name.endswith(HEADS)), None)
+    if named or any(tensor.name.endswith(HEADS) for tensor in artifact.parameters):
+        return named
+    classes = config.get("architectures")
+    writes = isinstance(classes, list) and any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
+    return "lm_head.weight" if writes or artifact.container == "gguf" else None
 
 
 def _weights(tensor: LogicalTensor, config: Mapping[str, Any], source: str) -> Iterator[Weight]:
@@ -143,7 +146,8 @@ def _weights(tensor: LogicalTensor, config: Mapping[str, Any], source: str) -> I
         for number in range(tensor.shape[0]):
             yield Weight(f"{layers}.experts.{number}.{last}", tensor.shape[1:], "expert")
         return
-    yield Weight(tensor.name, tensor.shape, kind, wide)
+    own = tensor.stored.dtype
+    yield Weight(tensor.name, tensor.shape, kind, wide, None if DTYPES[own].kind == "float" else own)
 
 
 def _kind(tensor: LogicalTensor, config: Mapping[str, Any]) -> Kind | None:

@@ -69,6 +69,11 @@ def is_view(tensor: LogicalTensor) -> bool:
     return tensor.decoder in (decode_pieces, decode_scaled)
 
 
+def is_scaled(tensor: LogicalTensor) -> bool:
+    """Whether the values are multiplied by factors, so that they are not those of the tensor to the bit."""
+    return tensor.decoder is decode_scaled
+
+
 def is_turned(tensor: LogicalTensor) -> bool:
     """Whether rows of the tensor are columns somewhere, so that many at once cost as much as one."""
     if isinstance(tensor.layout, Scaled):

@@ -222,12 +222,13 @@ def _plain(tensor: LogicalTensor, base: _Base | None) -> Iterator[_Share]:
     name, dtype = tensor.name, _dtype(tensor)
     surplus = tensor.bytes.get("metadata", 0)
     size = tensor.nbytes - surplus
-    yield _Share(_plain_kind(tensor), size, name, dtype, tuple(_plain_savings(tensor, size, base)))
+    yield _Share(plain_kind(tensor), size, name, dtype, tuple(_plain_savings(tensor, size, base)))
     if surplus:
         yield _Share("typed_fields", surplus, name, dtype, (Saving(surplus, "in raw_data"),))
 
 
-def _plain_kind(tensor: LogicalTensor) -> Kind:
+def plain_kind(tensor: LogicalTensor) -> Kind:
+    """Return what an unquantized parameter is: embedding, head, vectors, matrices or adapters."""
     if tensor.role == "adapter":
         return "adapters"
     if len(tensor.shape) < 2:

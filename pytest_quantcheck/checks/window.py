@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SHORT = 64
 LONG = (4096, 2048, 1024, 512, 256, 128)
-HALF_STEP = 0.5 * (1 + 1e-4)  # a tie falls on either side, and scales are rounded
+HALF_STEP = 0.5 * (1 + 2**-20)  # the error and the step are rounded themselves
 
 
 class Rows(NamedTuple):
@@ -50,7 +50,7 @@ def measure(
         _short_sums(reference, long),
         _short_sums(error, long),
     ]
-    deviation = None if rounded is None else rounded.sub_(reference)
+    deviation = None if rounded is None else rounded - reference
     if deviation is not None:
         parts.append(_short_sums(torch.mul(deviation, deviation, out=scratch), width))
     sums = torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts])

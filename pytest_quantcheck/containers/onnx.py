@@ -17,22 +17,19 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_quantcheck.containers import files, folders, onnx_graph, onnx_names, onnx_wire
+from pytest_quantcheck.containers import files, folders, onnx_graph, onnx_names, onnx_roles, onnx_wire
 from pytest_quantcheck.containers.live_tensor import Record
-from pytest_quantcheck.containers.onnx_graph import Encoded, Graphs, Use
+from pytest_quantcheck.containers.onnx_graph import Encoded, Graphs
 from pytest_quantcheck.containers.onnx_tensors import Constant, Data, folder_of
-from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import Container, Origin, Role, StoredTensor
+from pytest_quantcheck.tensor import Container, Origin, StoredTensor
 
 ENDING = ".onnx"
 RECORD = "onnx_node"
 FLOATS = ("F64", "F32", "F16", "BF16")
-INDEXES = ("I64", "I32", "U64", "U32", "BOOL")
 SHOWN = 8
 STALE = re.compile(r".*\.(onnx_data(_\d+)?|onnx\.data|onnx_weights)")
-ANGLES = ("cos_cache", "sin_cache", "inv_freq")
 
 
 def accepts(path: str) -> bool:
@@ -108,7 +105,7 @@ def _tensors(graphs: Graphs) -> tuple[dict[str, StoredTensor], dict[str, Origin]
             _put(_encoded(encoded[name], weighed), stored)
         elif constant.stored is not None and name not in parts:
             uses = graphs.uses.get(name, [])
-            role = _role(constant, uses)
+            role = onnx_roles.role(constant, uses)
             tied = role == "parameter" and constant.stored.role == "tied"
             _put([constant.stored._replace(role="tied" if tied else role)], stored)
         if name in stored and stored[name].role != "buffer":
@@ -161,6 +158,7 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
     record = {
         "operator": one.node.op_type,
         "node": one.node.name,
+        "input": one.at,
         "through": one.through,
         "type": one.weight.type.name,
         "shape": list(one.weight.shape),
@@ -174,42 +172,6 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
 
 def _described(constant: Constant) -> Mapping[str, object]:
     return {"type": constant.type.name if constant.type else None, "shape": list(constant.shape)}
-
-
-def _role(constant: Constant, uses: list[Use]) -> Role:
-    """What a constant is that no operator decodes."""
-    stored, last = constant.stored, constant.name.rpartition(".")[2]
-    assert stored is not None
-    assert constant.type is not None
-    foreign = next((use for use in uses if use.node.domain not in onnx_graph.DOMAINS), None)
-    if foreign is not None and len(constant.shape) > 1 and stored.dtype in ("I32", "U32", "I64", "U64"):
-        what = (
-            f"{constant.type.name} {list(constant.shape)} feeds {onnx_graph.shown(foreign.node)}: may hold packed codes"
-        )
-        raise UnknownEncoding(what, tensor=stored.name)
-    if not constant.shape or stored.dtype in INDEXES or last in ANGLES or stored.elements == 0:
-        return "buffer"
-    if all(_is_buffer(use, stored) for use in uses) if uses else stored.elements == 1:
-        return "buffer"  # one value that no node takes is what a graph fills a shape with
-    if _is_generated(stored) and not any(use.at in onnx_graph.WEIGHTS.get(use.node.op_type, ()) for use in uses):
-        return "buffer"
-    if stored.dtype in FLOATS or DTYPES[stored.dtype].kind == "complex":
-        return "parameter"
-    taker = onnx_graph.shown(uses[0].node) if uses else "no node"
-    raise UnknownEncoding(f"{constant.type.name} {list(constant.shape)} feeds {taker}: not decoded", tensor=stored.name)
-
-
-def _is_generated(stored: StoredTensor) -> bool:
-    """Whether the graph fills it: zeros and masks, unless an operator takes it as a weight."""
-    return not stored.nbytes and stored.role is None
-
-
-def _is_buffer(use: Use, stored: StoredTensor) -> bool:
-    """Statistics, angles, and the scale and zero point of activations."""
-    operator = use.node.op_type
-    if use.at in onnx_graph.BUFFERS.get(operator, ()):
-        return True
-    return stored.elements == 1 and use.at > 0 and (operator.startswith("Q") or operator in onnx_graph.OPERATORS)
 
 
 def _unambiguous(origins: Mapping[str, Origin], stored: Mapping[str, StoredTensor]) -> dict[str, Origin]:

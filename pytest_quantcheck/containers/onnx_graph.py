@@ -46,38 +46,17 @@ OPERATORS: dict[str, tuple[Slot, ...]] = {
     "QGemm": (_slot(3, 4, 5), _slot(6, 4, x_scale=1)),
     "QAttention": (_slot(1, 4, 7),),
     "QEmbedLayerNormalization": tuple(_slot(at, at + 6, at + 11) for at in range(2, 7)),
+    "DynamicQuantizeLSTM": (_slot(1, 8, 9), _slot(2, 10, 11)),
+    "GemmFloat8": (_slot(1, 4),),
+    "MatMulBlockQuantizedFp8Weight": (_slot(1, 2),),
     "MatMulBnb4": (_slot(1, absmax=2),),
+    "MatMulFpQ4": (_slot(1, shape=2),),
+    "MatMulNBitsMlp": (_slot(3, 4), _slot(6, 7)),
+    "MatMulNBitsQkv": (_slot(3, 4), _slot(6, 7), _slot(9, 10)),
+    "QMoE": (_slot(2, 3, 11, global_scale=15), _slot(5, 6, 12, global_scale=16), _slot(8, 9, 13)),
 }  # fmt: skip
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 WITHOUT_SCALE = ("MatMulInteger", "ConvInteger")
-
-# What an operator takes that no optimizer sees: statistics and tables of angles, by input.
-BUFFERS = {
-    "BatchNormalization": (3, 4),
-    "RotaryEmbedding": (1, 2, 3),
-    "GroupQueryAttention": (5, 6, 7, 8),
-    "Resize": (1, 2, 3),
-    "Upsample": (1,),
-    "Clip": (1, 2),
-    "Pad": (2,),
-    "OneHot": (2,),
-    "STFT": (2,),
-}
-
-# What an operator takes that an optimizer sees, where the graph generates it: weights of models without payload.
-WEIGHTS = {
-    "MatMul": (0, 1),
-    "Gemm": (0, 1, 2),
-    "Conv": (1, 2),
-    "ConvTranspose": (1, 2),
-    "Gather": (0,),
-    "BatchNormalization": (1, 2),
-    "LayerNormalization": (1, 2),
-    "InstanceNormalization": (1, 2),
-    "LSTM": (1, 2, 3),
-    "GRU": (1, 2, 3),
-    "RNN": (1, 2, 3),
-}
 
 
 class Use(NamedTuple):
@@ -89,11 +68,12 @@ class Use(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An encoded weight, its other parts by name, and the node that takes them."""
+    """An encoded weight, its other parts by name, and the node that takes them, the weight as input `at`."""
 
     weight: Constant
     parts: Mapping[str, Constant]
     node: Any
+    at: int
     scope: Scope
     through: str | None = None  # the operator between the weight and the node
 
@@ -259,7 +239,7 @@ def _encoded(node: Any, scope: Scope) -> Iterator[Encoded]:
                 raise UnknownEncoding(f"{_shown(node)} takes {part} that are computed", tensor=weight.name)
         if node.op_type in WITHOUT_SCALE:
             parts |= _scale_behind(node, scope, weight)
-        yield Encoded(weight, parts, node, scope, through)
+        yield Encoded(weight, parts, node, slot.weight, scope, through)
 
 
 def _input(node: Any, index: int, scope: Scope) -> Constant | None:

@@ -9,8 +9,8 @@
     attn_k, attn_q, attn_output, ffn_*              the table of that name, else the default
     columns that are no multiple of the block       `FALLBACK`, then F16
 
-`more(i, n)`: the first and last eighth of the layers, and every third between. `-imat`: with an importance matrix, which
-changes some mixtures and is required for others (`NEEDS_IMATRIX`: those always have one).
+`more(i, n)`: the first and last eighth of the layers, and every third between. `-imat`: with an importance matrix,
+which changes some mixtures and is required for others (`NEEDS_IMATRIX`: those always have one).
 Source: llama.cpp, src/llama-quant.cpp (007dbbf3). Its branch for `attn_qkv` alone is never reached: it goes as attn_v.
 Older files differ: in 2023 Q4_K_S took the first four ffn_down, not the first eighth.
 """
@@ -106,6 +106,11 @@ def _shared(name: str, otherwise: str | None = None) -> Choice:
     return lambda facts, i, n: name if facts.gqa >= 4 else otherwise
 
 
+def _few(otherwise: str) -> Choice:
+    """Values are few beside experts, too."""
+    return lambda facts, i, n: "Q4_K" if facts.gqa >= 4 or facts.experts >= 4 else otherwise
+
+
 def _first(share: int, name: str, otherwise: str | None = None) -> Choice:
     return lambda facts, i, n: name if i < n // share else otherwise
 
@@ -131,11 +136,8 @@ ATTN_V: Mapping[str, Choice] = {
     "q4_k_m": lambda facts, i, n: "Q6_K" if more(i, n) else None,
     "q5_k_m": lambda facts, i, n: "Q6_K" if more(i, n) else None,
     "q4_k_s": lambda facts, i, n: "Q5_K" if i < 4 else None,
-    **{
-        name: lambda facts, i, n, few=few: "Q4_K" if facts.gqa >= 4 or facts.experts >= 4 else few
-        for few, names in (("IQ3_S", ("iq2_s", "iq2_m")), ("Q2_K", ("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m")))
-        for name in names
-    },
+    **dict.fromkeys(("iq2_s", "iq2_m"), _few("IQ3_S")),
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m"), _few("Q2_K")),
 }
 ATTN_K: Mapping[str, Choice] = {"iq3_xs": _always("IQ3_XXS"), "iq3_xxs": _always("IQ2_S")}
 ATTN_Q = ATTN_K
@@ -143,9 +145,7 @@ FFN_DOWN: Mapping[str, Choice] = {
     "q2_k": _always("Q3_K"),
     "q2_k_s": _first(8, "Q4_K"),
     "iq3_xxs": lambda facts, i, n: None if facts.imatrix else "Q4_K" if i < n // 8 else "Q3_K",
-    "q3_k_m": lambda facts, i, n: (
-        "Q5_K" if i < n // 16 else None if facts.falcon and not more(i, n) else "Q4_K"
-    ),
+    "q3_k_m": lambda facts, i, n: "Q5_K" if i < n // 16 else None if facts.falcon and not more(i, n) else "Q4_K",
     "iq3_m": lambda facts, i, n: "Q4_K" if i < n // 8 or (facts.experts == 8 and more(i, n)) else None,
     "q3_k_l": lambda facts, i, n: "Q4_K" if facts.falcon else "Q5_K",
     "q4_k_m": lambda facts, i, n: _falcon_down(i, n) if facts.falcon else "Q6_K" if more(i, n) else None,
@@ -301,7 +301,9 @@ def _fitting(chosen: str, tensor: StoredTensor) -> str:
         return chosen
     smaller = FALLBACK.get(chosen, chosen)
     if smaller == chosen and DTYPES[chosen].block > 32:
-        raise ValueError(f"`{tensor.name}` has {columns:,} columns, no multiple of the {DTYPES[chosen].block} of {chosen}")
+        raise ValueError(
+            f"`{tensor.name}` has {columns:,} columns, no multiple of the {DTYPES[chosen].block} of {chosen}"
+        )
     return "F16" if columns % DTYPES[smaller].block else smaller
 
 

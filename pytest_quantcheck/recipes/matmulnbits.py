@@ -1,7 +1,7 @@
 """onnxruntime's MatMulNBits quantizer: `matmulnbits-BITS-bBLOCK[-sym|-asym][-f16]`.
 
-Encoded: every linear and the output head, a tied one as a matrix of its own, since an export has it twice. Gather is not
-quantized, so embeddings stay. Floats are F32, with `-f16` F16, scales included.
+Encoded: every linear and the output head, a tied one as a matrix of its own, since an export has it twice. Gather is
+not quantized, so embeddings stay. Floats are F32, with `-f16` F16, scales included.
 Parts: see the scheme `onnx_matmulnbits`. Rows are padded to whole blocks. Tables and constants that an exporter adds
 (rotary caches, masks) are not predicted.
 Source: onnxruntime 1.31, quantization/matmul_nbits_quantizer.py.
@@ -36,13 +36,17 @@ def write(model: Unquantized, options: Mapping[str, str]) -> Written:
     if block < 16 or block & (block - 1):
         raise ValueError(f"blocks of {block} (a power of 2 from 16)")
     check(model)
+    if any(weight.kind in ("expert", "stack") for weight in model.weights):
+        raise ValueError("exporters write the experts of a mixture in more than one way")
+    if not model.config and not model.ggml and all(weight.kind != "head" for weight in model.weights):
+        raise ValueError("whether its output head is tied is not known: a config.json says that")
     dtype = "F16" if options["half"] else "F32"
     return Written(_tensors(model, Layout(int(options["bits"]), block, options["zero"] == "asym", dtype)))
 
 
 def _tensors(model: Unquantized, layout: Layout) -> Iterator[StoredTensor]:
     for weight in model.weights:
-        if weight.kind in ("linear", "conv1d", "head", "expert") and len(weight.shape) == 2:
+        if weight.kind in ("linear", "conv1d", "head"):
             yield from _parts(weight, layout, "parameter")
         elif weight.kind != "buffer":
             yield plain(weight._replace(wide=()), layout.dtype)
@@ -65,6 +69,7 @@ def _parts(weight: Weight, layout: Layout, role: Role) -> Iterator[StoredTensor]
     node = {
         "operator": "MatMulNBits",
         "node": weight.name,
+        "input": 1,
         "through": None,
         **described.pop(""),
         "parts": described,

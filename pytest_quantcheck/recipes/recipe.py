@@ -2,8 +2,8 @@
 
     Unquantized  ->  Recipe.write  ->  Written: stored tensors under the format's own names, and its configuration
 
-A recipe knows names, dtypes and shapes, never values. What is codes, scales or zero points is not said here: the schemes
-read what was written, as they read a real file.
+A recipe knows names, dtypes and shapes, never values. What is codes, scales or zero points is not said here: the
+schemes read what was written, as they read a real file.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ if TYPE_CHECKING:
 # what a recipe may encode. head: the output head, which most leave.
 Kind = Literal["linear", "conv1d", "head", "embedding", "expert", "stack", "other", "buffer"]
 
+TOWER = re.compile(r"(^|\.)(encoder|vision\w*|visual|audio\w*)\.")  # what is beside a decoder of text
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # modules that pick experts
 
 
 class Weight(NamedTuple):
-    """One tensor of the unquantized checkpoint. Under the dtypes of `wide` loaders keep it in F32."""
+    """One tensor of the unquantized checkpoint.
+
+    `own` is its dtype where it is no float. Under the dtypes of `wide` loaders keep it in F32.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     wide: tuple[str, ...] = ()
+    own: str | None = None
 
     @property
     def module(self) -> str:
@@ -119,8 +124,9 @@ def record(name: str, content: bytes, *, weighed: bool = True) -> StoredTensor:
 
 
 def plain(weight: Weight, dtype: str) -> StoredTensor:
-    """Return the tensor as it is written unquantized, in `dtype` where the loader does not keep it in F32."""
-    return stored(weight.name, "F32" if dtype in weight.wide else dtype, *weight.shape)
+    """Return the tensor as it is written unquantized, in `dtype` unless it has another in any case."""
+    written = weight.own or ("F32" if dtype in weight.wide else dtype)
+    return stored(weight.name, written, *weight.shape, role="buffer" if weight.kind == "buffer" else None)
 
 
 def each(
@@ -148,16 +154,21 @@ def check_calibrated(model: Unquantized, *, columns: int, rows: int) -> None:
     check_known(model)
     if model.dtype == "F32":
         raise ValueError("is made of a model in 16 bits: give --dtype bf16 or fp16")
-    if any(isinstance(model.config.get(key), Mapping) for key in ("vision_config", "audio_config")):
-        raise ValueError("which towers of a multimodal model are quantized is not fixed")
     for weight in model.weights:
+        if TOWER.search(weight.name):
+            raise ValueError(f"`{weight.name}` is of no text decoder: what is quantized of such a model is not fixed")
         if weight.kind == "stack":
             raise ValueError(f"`{weight.name}` holds all experts of a layer: no quantizer is known to write that")
-        if in_layers(weight) and (weight.linear_shape[1] % columns or weight.linear_shape[0] % rows):
-            shape = " x ".join(map(str, weight.linear_shape))
-            raise ValueError(f"`{weight.name}` is {shape}: outputs must be a multiple of {rows}, inputs of {columns}")
+        if in_layers(weight):
+            _check_multiple(weight, "outputs", weight.linear_shape[0], rows)
+            _check_multiple(weight, "inputs", weight.linear_shape[1], columns)
     if not any(map(in_layers, model.weights)):
         raise ValueError("the model has no linear in a layer")
+
+
+def _check_multiple(weight: Weight, what: str, size: int, multiple: int) -> None:
+    if size % multiple:
+        raise ValueError(f"`{weight.name}` has {size:,} {what}, no multiple of {multiple}")
 
 
 def in_layers(weight: Weight) -> bool:

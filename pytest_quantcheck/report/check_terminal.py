@@ -18,6 +18,7 @@ LEAST = 3  # lines of one check: verdict, where the limit is, the first detail
 STYLES = {"passed": "green", "failed": "red", "error": "yellow"}
 
 Line = tuple[str, str]  # text and style
+Block = tuple[str, list[str]]  # style of the first line, and the lines of one check
 
 
 def print_run(run: Run, console: Console | None = None) -> None:
@@ -34,47 +35,57 @@ def print_run(run: Run, console: Console | None = None) -> None:
 def run_lines(run: Run, screen: int = SCREEN) -> Iterator[Line]:
     """Yield a run as printable lines, about a `screen` of them, each with the style it has where there are colours."""
     wrong = failures(shown(run))
-    room = screen - 1 - len(wrong)
-    blocks = sum(max(1, len(_listed(artifact))) for artifact in wrong)
-    most = max(LEAST, room // max(1, blocks))
-    fitting = max(1, room // most)  # blocks
-    for artifact in wrong:
-        if fitting <= 0:
+    sections = [_section(artifact) for artifact in wrong]
+    left = max(1, (screen - 2) // (LEAST + 1))  # blocks that fit, each under the name of an artifact
+    lengths = [len(lines) for section in sections for _, lines in section]
+    most = _most(lengths[:left], screen - 2 - min(left, len(wrong)))
+    rest = len(lengths) - left
+    for artifact, section in zip(wrong, sections, strict=True):
+        if left <= 0:
             break
         yield artifact["name"], "bold"
-        if artifact["error"]:
-            yield f"  {artifact['error']}", STYLES["error"]
-            fitting -= 1
-        for checked in _listed(artifact)[:fitting]:
-            yield from _block(checked, most)
-        fitting -= len(_listed(artifact))
-    if fitting < 0:
-        yield f"... and {counted(-fitting, 'more check')} that did not pass", "dim"
+        for style, lines in section[:left]:
+            yield from _cut(lines, style, most)
+        left -= len(section)
+    if rest > 0:
+        yield f"... and {counted(rest, 'more check')} that did not pass", "dim"
     yield headline(run), "bold red" if run["exit_code"] else "green"
 
 
 def check_lines(checked: Checked) -> Iterator[str]:
     """Yield a check that did not pass as printable lines: the verdict, where the limit is, the project's own words."""
-    return _lines(checked_shown(checked))
-
-
-def _listed(artifact: ArtifactRun) -> list[Checked]:
-    """What is said of an artifact beside that it could not be read."""
-    return [] if artifact["error"] else not_passed(artifact)
-
-
-def _block(checked: Checked, most: int) -> Iterator[Line]:
-    lines = list(_lines(checked))
-    for number, line in enumerate(lines[:most] if len(lines) <= most else lines[: most - 1]):
-        yield f"  {line}", "" if number else STYLES[checked["status"]]
-    if len(lines) > most:
-        yield f"    ... and {counted(len(lines) - most + 1, 'more line')}", "dim"
-
-
-def _lines(checked: Checked) -> Iterator[str]:
-    yield checked["headline"]
-    if checked["where"]:
-        yield f"  the limit is in {checked['where']}"
-    for line in (checked["message"] or "").splitlines():
+    clean = checked_shown(checked)
+    yield clean["headline"]
+    if clean["where"]:
+        yield f"  the limit is in {clean['where']}"
+    for line in (clean["message"] or "").splitlines():
         yield f"  {line}"
-    yield from (f"  {line}" for line in checked["details"])
+    yield from (f"  {line}" for line in clean["details"])
+
+
+def _section(artifact: ArtifactRun) -> list[Block]:
+    """What is said of an artifact: why it could not be read, or its checks; the project's own words once."""
+    if artifact["error"] is not None:
+        return [(STYLES["error"], [artifact["error"]])]
+    said: set[str | None] = set()
+    blocks = []
+    for checked in not_passed(artifact):
+        repeated = checked["message"] in said
+        said.add(checked["message"])
+        lines = check_lines({**checked, "message": None} if repeated else checked)
+        blocks.append((STYLES[checked["status"]], list(lines)))
+    return blocks
+
+
+def _most(lengths: list[int], room: int) -> int:
+    """The lines each block may have so that all fit; what short ones leave goes to the long ones."""
+    fitting = (most for most in range(max(LEAST, room), LEAST, -1) if sum(min(most, n) for n in lengths) <= room)
+    return next(fitting, LEAST)
+
+
+def _cut(lines: list[str], style: str, most: int) -> Iterator[Line]:
+    kept = lines if len(lines) <= most else lines[: most - 1]
+    for number, line in enumerate(kept):
+        yield f"  {line}", "" if number else style
+    if len(kept) < len(lines):
+        yield f"    ... and {counted(len(lines) - len(kept), 'more line')}", "dim"

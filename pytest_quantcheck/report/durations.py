@@ -7,7 +7,7 @@ def duration(seconds: float) -> str:
     """Return a time with the two units that matter.
 
     >>> duration(0.4), duration(7.26), duration(95), duration(4000)
-    ('under 1 s', '7 s', '1 min 35 s', '1 h 7 min')
+    ('under 1 s', '7 s', '1 min 35 s', '1 h 6 min')
     """
     if seconds < 1:
         return "under 1 s"

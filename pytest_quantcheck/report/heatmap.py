@@ -6,15 +6,14 @@ that noise does not look like a pattern. Several tensors in one place (the exper
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pytest_quantcheck.checks.layers import LAYER
+from pytest_quantcheck.checks.tree import INDEX
 
 SHADES = 7
 LEAST_SPAN = 3.0  # dB
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 Row = Mapping[str, Any]  # a tensor of the document of `compare`
 
@@ -46,15 +45,14 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     stacks: dict[str, dict[tuple[str, int], list[Row]]] = {}
     for row in rows:
         if match := LAYER.match(row["name"]):
-            module = _INDEX.sub("*", f".{row['name'][match.end() :]}")[1:].removesuffix(".weight")
+            module = INDEX.sub("*", f".{row['name'][match.end() :]}")[1:].removesuffix(".weight")
             stacks.setdefault(match.group(1), {}).setdefault((module, int(match.group(2))), []).append(row)
     return [_grid(stack, places, low, high) for stack, places in stacks.items()]
 
 
 def _span(values: Iterable[float]) -> tuple[float, float]:
     found = sorted(values) or [0.0]
-    low, high = found[0], found[-1]
-    return low, max(high, low + LEAST_SPAN)
+    return min(found[0], found[-1] - LEAST_SPAN), found[-1]
 
 
 def _grid(stack: str, places: Mapping[tuple[str, int], list[Row]], low: float, high: float) -> Grid:

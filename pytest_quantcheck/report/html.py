@@ -106,10 +106,11 @@ def _signed(size: int) -> str:
 
 
 class Wrong(NamedTuple):
-    """A tensor with something wrong: what, and its metrics where it was compared."""
+    """A tensor with something wrong: what, why if that is known, and its metrics where it was compared."""
 
     name: str
     messages: tuple[str, ...]
+    likely: str | None
     row: Mapping[str, Any] | None
 
 
@@ -120,4 +121,9 @@ def _wrong(comparison: Mapping[str, Any]) -> list[Wrong]:
     for finding in comparison["findings"]:
         if finding["severity"] == "error":
             found.setdefault(finding["tensor"] or "", []).append(finding["message"])
-    return [Wrong(name, tuple(messages), rows.get(name)) for name, messages in found.items() if messages]
+    likely = {
+        finding["tensor"]: finding["message"] for finding in comparison["findings"] if finding["check"] == "diagnosis"
+    }
+    return [
+        Wrong(name, tuple(messages), likely.get(name), rows.get(name)) for name, messages in found.items() if messages
+    ]

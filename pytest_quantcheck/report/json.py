@@ -12,6 +12,7 @@ from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.metrics import Shard
+from pytest_quantcheck.checks.predict import Predicted, Prediction, bytes_by_class, kept
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
@@ -109,6 +110,34 @@ def _cost(cost: Cost) -> dict[str, Any]:
         ],
         "load": {"weights": cost.weights, "largest_decoded": cost.largest_decoded, "bytes": cost.load},
         "gpus": [{"name": fit.gpu, "memory": fit.memory, "left": fit.left} for fit in cost.gpus],
+    }
+
+
+def of_prediction(prediction: Prediction) -> dict[str, Any]:
+    """Return what `quantcheck predict --json` prints."""
+    return {
+        "schema": SCHEMA,
+        "source": prediction.source,
+        "logical_params": prediction.logical_params,
+        "dtype": prediction.dtype,
+        "recipes": [_predicted(row) for row in prediction.predicted],
+        "fits": [fit._asdict() for fit in prediction.fits],
+    }
+
+
+def _predicted(row: Predicted) -> dict[str, Any]:
+    artifact = row.artifact
+    bits = artifact.bits_per_weight if artifact else None
+    return {
+        "recipe": row.recipe,
+        "made_by": row.title,
+        "container": artifact and artifact.container,
+        "tensor_bytes": artifact and artifact.file_bytes,
+        "less_at_most": row.less,
+        "bytes": artifact and bytes_by_class(artifact),
+        "bits_per_weight": bits and {"quantized": _rounded(bits.quantized), "model": _rounded(bits.model)},
+        "unquantized": [left._asdict() for left in kept(artifact)] if artifact else [],
+        "refused": row.refused,
     }
 
 

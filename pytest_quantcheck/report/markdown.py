@@ -24,16 +24,18 @@ SYMBOLS = {"passed": "✅", "failed": "❌", "error": "⚠️"}
 def render(run: Run) -> str:
     """Return the summary; what would not fit is said to be missing."""
     clean = shown(run)
-    text = f"## quantcheck: {headline(clean)}\n\n" + "\n".join(_table(clean["artifacts"])) + "\n"
+    blocks = [f"## quantcheck: {headline(clean)}", "\n".join(_table(clean["artifacts"]))]
+    size = sum(len(block.encode()) for block in blocks)
     wrong = failures(clean)
     for number, artifact in enumerate(wrong):
         section = "\n".join(_section(artifact))
-        if len(text) + len(section) > MOST:
-            return (
-                f"{text}\n{counted(len(wrong) - number, 'more artifact')} did not pass: the other reports have them\n"
-            )
-        text += f"\n{section}\n"
-    return text
+        size += len(section.encode())
+        if size > MOST:
+            rest = counted(len(wrong) - number, "more artifact")
+            blocks.append(f"{rest} did not pass: the other reports have them")
+            break
+        blocks.append(section)
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def code(text: str) -> str:

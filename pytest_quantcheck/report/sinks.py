@@ -12,6 +12,11 @@ from pytest_quantcheck.report.run import Run
 KINDS = ("json", "html", "markdown", "junit")
 
 
+def shows_documents(paths: Mapping[str, str | None]) -> bool:
+    """Return whether a run goes anywhere that shows more of it than its verdicts."""
+    return any(paths.values()) or bool(os.environ.get("GITHUB_STEP_SUMMARY"))
+
+
 def render(run: Run, kind: str) -> str:
     """Return a run as one of `KINDS`, or as the `annotations` of a GitHub workflow."""
     text: str = import_module(f"pytest_quantcheck.report.{kind}").render(run)

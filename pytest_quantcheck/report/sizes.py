@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
 from pytest_quantcheck.checks.cost import Cost
@@ -54,24 +54,24 @@ Line = tuple[str, str]  # text and style
 
 def print_explanation(explanation: Explanation, root: Node) -> None:
     """Print the size that was expected, the reasons for the one it has, what it costs to use, and the tree."""
-    _print(_headline(explanation))
-    _print([("", ""), (f"{'share':>6}  {'bytes':>10}{'':>13}  reason", "bold")])
+    print_lines(_headline(explanation))
+    print_lines([("", ""), (f"{'share':>6}  {'bytes':>10}{'':>13}  reason", "bold")])
     for reason in explanation.reasons:
-        _print(_reason_lines(reason, explanation))
-    _print([("", ""), *_cost_lines(explanation.cost)])
+        print_lines(_reason_lines(reason, explanation))
+    print_lines([("", ""), *_cost_lines(explanation.cost)])
     if root.children:
-        _print([("", ""), *_tree_lines(root)])
+        print_lines([("", ""), *_tree_lines(root)])
 
 
 def print_difference(difference: Difference, limit: int) -> None:
     """Print the totals, the classes and at most `limit` tensors, the rest summed."""
     size, params = difference.file_bytes, difference.logical_params
-    _print([(printable(f"{difference.old_source} -> {difference.new_source}"), "bold")])
-    _print([(f"bytes       {format_sizes(size.old)} -> {format_sizes(size.new)}, {_grown(size)}", "")])
+    print_lines([(printable(f"{difference.old_source} -> {difference.new_source}"), "bold")])
+    print_lines([(f"bytes       {format_sizes(size.old)} -> {format_sizes(size.new)}, {_grown(size)}", "")])
     same = ", the same" if params.old == params.new else f" -> {format_count(params.new)}, {params.growth:+,}"
-    _print([(f"parameters  {format_count(params.old)}{same}", "")])
-    _print([("", ""), *_class_lines(difference)])
-    _print([("", ""), *_change_lines(difference, limit)])
+    print_lines([(f"parameters  {format_count(params.old)}{same}", "")])
+    print_lines([("", ""), *_class_lines(difference)])
+    print_lines([("", ""), *_change_lines(difference, limit)])
 
 
 def _headline(explanation: Explanation) -> Iterator[Line]:
@@ -96,7 +96,7 @@ def _headline(explanation: Explanation) -> Iterator[Line]:
 def _reason_lines(reason: Reason, explanation: Explanation) -> Iterator[Line]:
     bits = None if explanation.bits is None else float(explanation.bits)
     words = what(reason.kind, reason.holders, reason.dtypes, bits)
-    yield f"{reason.share:6.1%}  {_columns(reason.bytes)}  {words}", ""
+    yield f"{reason.share:6.1%}  {columns(reason.bytes)}  {words}", ""
     yield from ((f"{INDENT}{name}", "dim") for name in _whose(reason))
     for saving in reason.savings:
         yield f"{INDENT}saves up to {format_sizes(saving.bytes)}:", "green"
@@ -151,7 +151,7 @@ def _branch_lines(node: Node, whole: int, level: int) -> Iterator[Line]:
     for child in node.children:
         count = f" x {child.number:,}" if child.number > 1 and " to " not in child.name else ""
         name = printable(f"{'  ' * level}{child.name}{count}")
-        yield f"{child.bytes / whole:6.1%}  {_columns(child.bytes)}  {name}", "" if child.children else "dim"
+        yield f"{child.bytes / whole:6.1%}  {columns(child.bytes)}  {name}", "" if child.children else "dim"
         yield from _branch_lines(child, whole, level + 1)
 
 
@@ -187,7 +187,8 @@ def _growth(size: int) -> str:
     return f"{sign + format_size(size):>12}  {sign + format_binary_size(size):>11}"
 
 
-def _columns(size: int) -> str:
+def columns(size: int) -> str:
+    """Return bytes in both units, aligned."""
     return f"{format_size(size):>10}  {format_binary_size(size):>11}"
 
 
@@ -200,7 +201,8 @@ def _signed(size: int) -> str:
     return f"{'+' if size > 0 else ''}{format_size(size)}"
 
 
-def _print(lines: Iterator[Line] | list[Line]) -> None:
+def print_lines(lines: Iterable[Line]) -> None:
+    """Print lines, styled where the output is a terminal."""
     terminal = open_console()
     for text, style in lines:
         if terminal is None:

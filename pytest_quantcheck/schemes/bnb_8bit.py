@@ -14,12 +14,12 @@ weight is never quantized and passes as plain numbers. Outlier columns are chose
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import rounding, steps
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -76,6 +76,21 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     return values.mul_(scale.view(-1, 1)).mul_(ONE_OVER_127)
 
 
+def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
+    """Yield a square weight with a scale for each column, which no shape tells from one for each row."""
+    if tensor.has("SCB") and tensor.shape[0] == tensor.shape[1]:
+        other = tensor._replace(decoder=_decode_by_column)
+        yield Reading("scale-axis", "`SCB` along the columns", other, "the weight was quantized along the other axis")
+
+
+def _decode_by_column(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    import torch
+
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    values = codes.to(torch.float32).view(stop - start, tensor.columns)
+    return values.mul_(tensor.part("SCB").load(device=device)).mul_(ONE_OVER_127)
+
+
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     """Show an int8 module or parameter with its scale, wherever that is now."""
     if name not in ("", "weight"):
@@ -105,6 +120,7 @@ SCHEME = Scheme(
         "bitsandbytes.Embedding8bit": expose,
         "bitsandbytes.Int8Params": expose,
     },
+    alternatives=alternatives,
     source="bitsandbytes 0.50.2, functional.py and nn/modules.py",
     verified="bitsandbytes 0.50.2",
 )

@@ -139,6 +139,10 @@ def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
     if layout.zero_offset == 0 and not layout.planar:
         words, advice = "zero points read as version 1, stored less one", "say `checkpoint_format: gptq`"
         yield Reading("zero-point-version", words, tensor._replace(layout=layout._replace(zero_offset=1)), advice)
+    if layout.bits in PLANES and layout.planar is not None and not layout.inputs % 32 and not tensor.shape[0] % 32:
+        words = "codes in one stream" if layout.planar else "codes in planes"
+        other = tensor._replace(layout=layout._replace(planar=not layout.planar))
+        yield Reading("planes", words, other, "`checkpoint_format` is another's: only `gptq_p` has planes of 3 bits")
     if layout.bits in (2, 4, 8):
         middle = 2 ** (layout.bits - 1)
         change = partial(rewritten.fill, bits=layout.bits, number=middle - (layout.zero_offset or 0))
@@ -287,6 +291,9 @@ def _layout(parts: Mapping[str, StoredTensor], said: Said, record: Mapping[str, 
     bits, inputs = _bits(parts, said, record)
     group_size = _group_size(parts, said, inputs, record)
     planar, offset, decided_by = _convention(parts["qzeros"], parts["scales"].shape[1], bits, said, record)
+    if planar and (inputs % 32 or parts["scales"].shape[1] % 32):
+        what = f"{bits}-bit planes hold 32 codes each, not {inputs:,} inputs and {parts['scales'].shape[1]:,} outputs"
+        raise FormatError(what, tensor=parts["qweight"].name)
     embedding = record.get("embedding") or prefix[prefix.rfind(".") + 1 :] in EMBEDDINGS
     return Layout(bits, inputs, group_size, planar, offset, decided_by, embedding)
 

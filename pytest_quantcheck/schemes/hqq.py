@@ -55,6 +55,11 @@ PACKINGS = ("8bit_u8", "4bit_u8", "3bit_32", "2bit_u8", "1bit_u8")
 FLOAT_DTYPES = {"F16", "BF16", "F32", "F64"}
 
 
+# Worst of Gaussian, Student-t and outlier weights, less 1 dB: bits, largest group, floor. Those of three and two bits
+# are of plain rounding in groups of 128, which HQQ's search improves.
+FLOORS_DB = ((8, 128, 41.4), (4, 64, 18.5), (4, 128, 16.8), (3, 128, 9.9), (2, 128, 3.4))
+
+
 class Layout(NamedTuple):
     """The grouped matrix [rows, columns] and how its codes are packed."""
 
@@ -86,7 +91,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         block=size,
-        floor_db=18.5 if meta.get("nbits") == 4 and size <= 64 else None,
+        floor_db=next((floor for bits, group, floor in FLOORS_DB if meta.get("nbits") == bits and size <= group), None),
         rounding=_rounding(meta.get("nbits"), size, shape, kept_in_groups=layout.axis == 1),
     )
 

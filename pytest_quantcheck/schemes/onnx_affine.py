@@ -17,6 +17,8 @@ Formula: w = (q - zero_point) * scale; without zero points 0, and 2**(bits - 1) 
     MatMulInteger, QLinearMatMul and kin  the last
     QGemm                                 the last; the first with `transB`
     QLinearConv, ConvInteger, biases      the first
+    DynamicQuantizeLSTM                   the first, or the first and the last: [directions, inputs, 4 * hidden]
+    MatMulBlockQuantizedFp8Weight         the last, in blocks of `block_size` (128)
 
 The bias of QLinearConv and QGemm is INT32 in steps of the scale of the input times that of the weight.
 Source: onnx 1.23, defs/quantization, defs/math, defs/nn; onnxruntime 1.31, docs/ContribOperators.md.
@@ -39,11 +41,14 @@ if TYPE_CHECKING:
 OPERATORS = (
     "DequantizeLinear", "GatherBlockQuantized", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul",
     "MatMulIntegerToFloat", "QLinearMatMul", "QLinearConv", "QGemm", "QAttention", "QEmbedLayerNormalization",
+    "DynamicQuantizeLSTM", "GemmFloat8", "MatMulBlockQuantizedFp8Weight",
 )  # fmt: skip
 SMALL = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4}
 WHOLE = ("INT8", "UINT8", "INT16", "UINT16", "INT32", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
 SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
-FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0}  # a scale for each channel
+CHANNEL_FLOORS_DB = {"INT8": 28.0, "UINT8": 28.0}
+BLOCK_FLOORS_DB = ((8, 128, 39.0), (4, 32, 17.0), (4, 128, 14.0))  # bits, largest block
+FLOAT_FLOORS_DB = {"FLOAT8E4M3FN": 29.5, "FLOAT8E4M3FNUZ": 29.5, "FLOAT8E5M2": 24.5, "FLOAT8E5M2FNUZ": 24.5}
 
 
 INTEGERS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
@@ -95,7 +100,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode,
         layout,
         axis.block,
-        floor_db=FLOORS_DB.get(kind) if prod(layout.grid) > 1 else None,
+        floor_db=_floor_db(layout),
         rounding=_rounding(kind, shape, layout, node),
     )
 
@@ -111,6 +116,15 @@ def _rounding(kind: str, shape: tuple[int, ...], layout: Layout, node: Node) -> 
     symmetric = layout.zero_grid is None or not kind.startswith("UINT")
     to_code = rounding.symmetric(bits) if symmetric else rounding.affine(bits)
     return rounding.on_grid(to_code, shape, layout.grid, margin_db=rounding.COMPENSATED_DB)
+
+
+def _floor_db(layout: Layout) -> float | None:
+    if layout.type in FLOAT_FLOORS_DB:
+        return FLOAT_FLOORS_DB[layout.type]
+    width, block = INTEGERS.get(layout.type), layout.axis.block
+    if block is not None:
+        return next((floor for bits, size, floor in BLOCK_FLOORS_DB if bits == width and block <= size), None)
+    return CHANNEL_FLOORS_DB.get(layout.type) if prod(layout.grid) > 1 else None
 
 
 def _is_packed(node: Node) -> bool:
@@ -147,6 +161,10 @@ def _axis(node: Node, shape: tuple[int, ...]) -> Axis:
             raise FormatError(
                 f"GatherBlockQuantized in blocks of {block_size} (a power of 2 from 16)", tensor=node.name
             )
+    elif node.operator == "MatMulBlockQuantizedFp8Weight":
+        at, block_size = -1, node.integer("block_size", 128)
+        if block_size < 1:
+            raise FormatError(f"{node.operator} in blocks of {block_size}", tensor=node.name)
     elif node.operator in ("QLinearConv", "ConvInteger") or node.type == "INT32" or node.attributes.get("transB"):
         at, block_size = 0, None
     else:
@@ -159,6 +177,8 @@ def _grid(node: Node, part: str, shape: tuple[int, ...], axis: Axis) -> tuple[in
     stored, found = node.part(part), node.shape_of(part)
     if stored.elements == 1 and axis.block is None:
         return (1,) * len(shape)
+    if node.operator == "DynamicQuantizeLSTM":
+        return _recurrent_grid(node, found, shape)
     if not 0 <= axis.at < len(shape):
         raise FormatError(f"{node.operator} has scales along dimension {axis.at} of {list(shape)}", tensor=node.name)
     if node.through:
@@ -172,6 +192,13 @@ def _grid(node: Node, part: str, shape: tuple[int, ...], axis: Axis) -> tuple[in
     if not fits:
         raise FormatError(f"{list(found)} is not {list(wanted)}, for {list(shape)}", tensor=stored.name)
     return wanted
+
+
+def _recurrent_grid(node: Node, found: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A scale for each direction, or for each of its columns."""
+    if len(shape) != 3 or found not in ((shape[0],), (shape[0], shape[2])):
+        raise FormatError(f"{list(found)} are no scales of {list(shape)}", tensor=node.name)
+    return (shape[0], 1, shape[2] if len(found) > 1 else 1)
 
 
 def _zero_grid(node: Node, kind: str, shape: tuple[int, ...], axis: Axis) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""ONNX MatMulNBits (com.microsoft): the weight of a linear in blocks along its inputs.
+"""ONNX MatMulNBits (com.microsoft) and its fusions: the weight of a linear in blocks along its inputs.
 
     part         dtype           stored shape                       packing
     codes        UINT8           [N, blocks, block * bits / 8]      each block a bit stream, lowest bits first
@@ -11,6 +11,7 @@ Formula: w[n, k] = (q[n, k] - zero_point) * scale of block k // block; without z
 blocks = ceil(K / block): the codes behind K in the last block of each row are padding. The float weight was [K, N].
 Source: onnxruntime 1.31, docs/ContribOperators.md; contrib_ops/cpu/quantization/matmul_nbits.cc.
 
+MatMulNBitsMlp has two weights of N rows, MatMulNBitsQkv one of `Nq` and two of `Nkv`; their scales follow each.
 Where `weight_prepacked` is set the codes are in the order of a GPU kernel: counted, not decoded. So with g_idx.
 """
 
@@ -27,8 +28,10 @@ from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
 if TYPE_CHECKING:
     import torch
 
+OPERATORS = ("MatMulNBits", "MatMulNBitsMlp", "MatMulNBitsQkv")
+ROWS = {("MatMulNBitsQkv", 3): "Nq", ("MatMulNBitsQkv", 6): "Nkv", ("MatMulNBitsQkv", 9): "Nkv"}  # operator, input
 BITS = (2, 4, 8)
-FLOORS_DB = {8: 39.0, 4: 14.0}  # blocks up to 128
+FLOORS_DB = ((8, 128, 39.0), (4, 32, 17.0), (4, 128, 14.0))  # bits, largest block
 
 
 class Layout(NamedTuple):
@@ -52,10 +55,10 @@ class Layout(NamedTuple):
 
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that the record of a MatMulNBits belongs to."""
-    node = onnx_record.find(anchor, ("MatMulNBits",), namespace)
+    node = onnx_record.find(anchor, OPERATORS, namespace)
     if node is None:
         return None
-    shape = rows, columns = node.integer("N"), node.integer("K")
+    shape = rows, columns = node.integer(ROWS.get((node.operator, node.input), "N")), node.integer("K")
     layout = _layout(node, columns)
     _check(node, layout, rows)
     padding = rows * ((layout.blocks * layout.block - columns) * layout.bits // 8)
@@ -69,7 +72,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         decode if reachable else None,
         layout,
         layout.block,
-        floor_db=FLOORS_DB.get(layout.bits) if layout.block <= 128 else None,
+        floor_db=next((db for bits, block, db in FLOORS_DB if layout.bits == bits and layout.block <= block), None),
         rounding=_rounding(layout, symmetric="zero_points" not in node.stored),
     )
 

@@ -1,9 +1,10 @@
 """What an ONNX graph says about an encoded weight: the record `<weight>.onnx_node` beside it.
 
-    {"operator": ..., "node": ..., "through": ..., "type": ..., "shape": [...],
+    {"operator": ..., "node": ..., "input": 1, "through": ..., "type": ..., "shape": [...],
      "parts": {part: {"type": ..., "shape": [...]}}, "attributes": {...}}
 
-`type` and `shape` are those of the stored codes in the graph; `through` is an operator between them and the node.
+`type` and `shape` are those of the stored codes in the graph, which are that input of the node; `through` is an
+operator between them and the node.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pytest_quantcheck.tensor import ByteClass, Part, StoredTensor
 
 RECORD = "onnx_node"
 LIMIT = 64 << 10
-KINDS: dict[str, ByteClass] = {"zero_points": "zero_points", "g_idx": "index"}
+KINDS: dict[str, ByteClass] = {"zero_points": "zero_points", "g_idx": "index", "shape": "bookkeeping"}
 
 
 class Node(NamedTuple):
@@ -26,6 +27,7 @@ class Node(NamedTuple):
 
     name: str
     operator: str
+    input: int
     through: str | None
     type: str
     shape: tuple[int, ...]
@@ -86,6 +88,7 @@ def find(anchor: StoredTensor, operators: tuple[str, ...], namespace: Namespace)
     return Node(
         name,
         record["operator"],
+        record["input"],
         record["through"],
         record["type"],
         tuple(record["shape"]),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 GROUP_SIZES = (128, 96, 64, 32)
 BITS = {"qint4": 4, "qint2": 2}
-FLOORS_DB = {"qint4": 16.5, "qint2": None}  # asymmetric groups of 128
+FLOORS_DB = {"qint4": 16.5, "qint2": 2.5}  # asymmetric groups of 128
 RECORD = "quanto"  # live only: what the tensor class knows
 RECORD_LIMIT = 4 << 10
 

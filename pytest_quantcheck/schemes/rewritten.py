@@ -52,13 +52,15 @@ class Rewritten(NamedTuple):
     def _units(self, first: int, last: int, device: str) -> torch.Tensor:
         import torch
 
-        size = self.original.nbytes // self.unit
-        if not self.shift or not size:
-            return self.original.load_bytes(first * self.unit, last * self.unit, device).view(-1, self.unit)
-        at = (torch.arange(first, last) + self.shift) % size
-        low, high = int(at.min()), int(at.max()) + 1
-        units = self.original.load_bytes(low * self.unit, high * self.unit, device).view(-1, self.unit)
-        return units[(at - low).to(device)]
+        if not self.shift:
+            return self._load(first, last, device)
+        size, start, stop = self.original.nbytes // self.unit, first + self.shift, last + self.shift
+        before, after = (size + start, size) if start < 0 else (0, 0), (0, max(0, stop - size))
+        runs = before, (max(start, 0), min(stop, size)), after
+        return torch.cat([self._load(*run, device) for run in runs])
+
+    def _load(self, first: int, last: int, device: str) -> torch.Tensor:
+        return self.original.load_bytes(first * self.unit, last * self.unit, device).view(-1, self.unit)
 
 
 def part(
@@ -114,6 +116,19 @@ def flip_signs(units: torch.Tensor, bits: int) -> torch.Tensor:
     """
     mask: int = sum(1 << shift for shift in range(bits - 1, 8, bits))
     return units ^ mask
+
+
+def undo_borrows(units: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return words of codes as they were before half their range was taken off the whole word, and the sign turned.
+
+    units  # (n, 1, 2, 4 or 8)
+    """
+    import torch
+
+    word = getattr(torch, f"int{8 * units.shape[1]}")
+    half = sum(1 << shift for shift in range(bits - 1, 8, bits))
+    halves = torch.full_like(units, half).view(word)
+    return ((units.contiguous().view(word) ^ halves) + halves).view(torch.uint8).view(units.shape)
 
 
 def add(units: torch.Tensor, bits: int, number: int) -> torch.Tensor:

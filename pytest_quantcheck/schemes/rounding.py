@@ -297,7 +297,7 @@ def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tens
     half = ENTRIES // 2 - 1
     at = values.mul_(half / top).clamp_(-half, half).nan_to_num_().round_().add_(half)
     table = _level_table(levels).to(values.device)
-    return table.index_select(0, at.view(-1).int()).view(values.shape)
+    return table.index_select(0, at.reshape(-1).int()).view(values.shape)
 
 
 @lru_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +263,166 @@ def bnb4(quant_type: int, rows: int, columns: int, block: int, transposed: int =
     return make
 
 
+def experts(bits: int, block: int = 0, *, zeros: bool = False, prepacked: int = 0):
+    """The first matrices of three experts, each token sent to one of them; the second ones hand on what they take."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        count, columns, rows, zero = 3, 32, 16, 1 << (bits - 1)
+        random = np.random.default_rng(bits + block)
+        handed_on = np.full((count, columns, rows), zero)
+        handed_on[:, range(rows), range(rows)] += 1
+        arrays = {
+            "w": random.integers(0, 256, (count, rows, columns * bits // 8)),
+            "s": random.random((count, rows, columns // block) if block else (count, rows)) + 0.25,
+            "w2": _packed(handed_on, bits),
+            "s2": np.ones((count, columns, rows // block) if block else (count, columns)),
+        }
+        names = ["x", "p", "w", "s", "", "w2", "s2"]
+        if zeros:
+            row = (count, rows, -(-columns // block * bits // 8)) if block else (count, rows * bits // 8)
+            arrays["z"] = random.integers(0, 256, row)
+            arrays["z2"] = _packed(np.full((count, columns, rows // block) if block else (count, columns), zero), bits)
+            names += ["", "", "", "", "z", "z2"]
+        tensors = [onnx.numpy_helper.from_array(array.astype(_kind(name)), name) for name, array in arrays.items()]
+        options = {"block_size": block} if block else {}
+        options |= {"k": 1, "activation_type": "identity", "normalize_routing_weights": 1}
+        options |= {"expert_weight_bits": bits, "weights_prepacked": prepacked}
+        node = onnx.helper.make_node("QMoE", names, ["y"], "experts", domain="com.microsoft", **options)
+        inputs = [("x", 1, ["t", columns]), ("p", 1, ["t", count])]
+        model = model_of([node], tensors, inputs, [("y", 1, ["t", columns])])
+        tokens = np.tile(np.eye(columns, dtype=np.float32), (count, 1))
+        routes = np.repeat(100 * np.eye(count, dtype=np.float32), columns, 0)
+        values = run(model, {"x": tokens, "p": routes}).view(count, columns, columns)[:, :, :rows].transpose(1, 2)
+        # Blocks of eight bits are multiplied with activations in eight bits.
+        return Made(None if prepacked else values, write=_write(model), tolerance=5e-3 if bits == 8 and block else 1e-6)
+
+    return make
+
+
+def _kind(name: str) -> str:
+    return "float32" if name.startswith("s") else "uint8"
+
+
+def _packed(codes, bits: int):
+    """Codes along the last dimension in bytes, the lowest bits first; the last byte is filled up."""
+    per = 8 // bits
+    filled = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per)])
+    groups = filled.reshape(*codes.shape[:-1], -1, per)
+    return sum(groups[..., at] << (bits * at) for at in range(per))
+
+
+def linear_integers(operator: str):
+    """The product of the identity with an encoded matrix in whole steps, each column in one or two of them."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        random = np.random.default_rng(5)
+        shape = (12, 9) if operator == "QLinearMatMul" else (9, 12, 1, 1)
+        per_column = random.integers(1, 3, 9)
+        arrays = {
+            "w": random.integers(-20, 21, shape).astype(np.int8),
+            "s": np.float32(0.5 * per_column),
+            "z": np.zeros(9, np.int8) if operator == "QLinearConv" else random.integers(-5, 6, 9).astype(np.int8),
+            "one": np.float32(1), "half": np.float32(0.5), "zero": np.uint8(0), "middle": np.uint8(128),
+        }  # fmt: skip
+        tensors = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+        inputs = ["q", "one", "zero", "w", "s", "z", "half", "middle"]
+        node = onnx.helper.make_node(operator, inputs, ["y"], "node")
+        eye = np.eye(12, dtype=np.uint8)
+        given = eye if operator == "QLinearMatMul" else eye[None, :, :, None]
+        model = model_of([node], tensors, [("q", 2, given.shape)], [("y", 2, None)])
+        values = (run(model, {"q": given}) - 128) * 0.5
+        return Made(values if operator == "QLinearMatMul" else values.view(9, 12, 1, 1), write=_write(model))
+
+    return make
+
+
+def integer_convolution() -> Made:
+    """ConvInteger, its scale two nodes behind."""
+    onnx = _onnx()
+    random = np.random.default_rng(6)
+    arrays = {"w": random.integers(0, 256, (9, 12, 1, 1)).astype(np.uint8), "s": np.float32(0.25), "z": np.uint8(100),
+              "zero": np.uint8(0)}  # fmt: skip
+    tensors = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    nodes = [
+        onnx.helper.make_node("ConvInteger", ["q", "w", "zero", "z"], ["int"], "node"),
+        onnx.helper.make_node("Cast", ["int"], ["cast"], to=1),
+        onnx.helper.make_node("Mul", ["step", "s"], ["scale"]),
+        onnx.helper.make_node("Mul", ["cast", "scale"], ["y"]),
+    ]
+    eye = np.eye(12, dtype=np.uint8)[None, :, :, None]
+    model = model_of(nodes, tensors, [("q", 2, eye.shape), ("step", 1, [])], [("y", 1, None)])
+    values = run(model, {"q": eye, "step": np.array(1, dtype=np.float32)})
+    return Made(values.view(9, 12, 1, 1), write=_write(model), tolerance=1e-6)
+
+
+def attention(scales: tuple[int, ...]):
+    """QAttention hands on its values where there is one token; so each third of the matrix is put in their place."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        width, random = 8, np.random.default_rng(7)
+        arrays = {"w": random.integers(-128, 128, (12, 3 * width)).astype(np.int8), "bias": np.zeros(3 * width),
+                  "s": random.random(scales) + 0.25, "z": random.integers(-9, 9, scales).astype(np.int8),
+                  "one": np.float32(1), "zero": np.uint8(0)}  # fmt: skip
+
+        def model(turns: int):
+            turned = {
+                name: np.roll(array, turns * width, -1) if np.ndim(array) and np.shape(array) != (1,) else array
+                for name, array in arrays.items()
+            }
+            made = {n: np.asarray(a, "float32" if n in ("s", "bias", "one") else None) for n, a in turned.items()}
+            tensors = [onnx.numpy_helper.from_array(array, name) for name, array in made.items()]
+            node = onnx.helper.make_node("QAttention", ["x", "w", "bias", "one", "s", "", "zero", "z"], ["y"], "node",
+                                         domain="com.microsoft", num_heads=2)  # fmt: skip
+            return model_of([node], tensors, [("x", 2, [12, 1, 12])], [("y", 1, None)])
+
+        eye = np.eye(12, dtype=np.uint8)[:, None]
+        thirds = [run(model(turns), {"x": eye}).view(12, width) for turns in (2, 1, 0)]
+        return Made(torch.cat(thirds, 1), write=_write(model(0)), tolerance=1e-6)
+
+    return make
+
+
+def fused_nbits(operator: str, sizes: dict[str, int], inputs: list[str]):
+    """A weight of a fusion that no processor runs, as onnxruntime decodes it in a MatMulNBits of its own."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        made = nbits_node(4, 32, 96)()
+        folder = Path(tempfile.mkdtemp())
+        alone = onnx.load(made.write(folder))
+        shutil.rmtree(folder)
+        options = {"K": 96, "bits": 4, "block_size": 32} | sizes
+        weight, scales = alone.graph.initializer
+        names = [{"w": weight.name, "s": scales.name}.get(name, name) for name in inputs]
+        node = onnx.helper.make_node(operator, names, ["y"], NODE, domain="com.microsoft", **options)
+        model = model_of([node], [weight, scales], [("x", 1, ["n", 96])], [("y", 1, None)])
+        return Made(made.values, write=_write(model), tolerance=1e-6)
+
+    return make
+
+
+def small_float_blocks() -> Made:
+    """MatMulBlockQuantizedFp8Weight, which no processor runs, decoded by onnxruntime's DequantizeLinear in blocks."""
+    onnx = _onnx()
+    weight, scales = _codes("FLOAT8E4M3FN", (5, 70)), _scales((5, 3))
+    decoded = onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["y"], axis=1, block_size=32)
+    values = run(model_of([decoded], [weight, scales], [], [("y", 1, (5, 70))], 23), {})
+    node = onnx.helper.make_node("MatMulBlockQuantizedFp8Weight", ["x", "w", "s"], ["y"], domain="com.microsoft",
+                                 block_size=32)  # fmt: skip
+    return Made(values, write=_write(model_of([node], [weight, scales], [("x", 10, ["n", 70])], [("y", 10, None)])))
+
+
+def packed_for_a_processor() -> Made:
+    onnx = _onnx()
+    arrays = {"w": np.zeros(36 * 20, np.uint8), "shape": np.array([64, 18])}
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    node = onnx.helper.make_node("MatMulFpQ4", ["x", "w", "shape"], ["y"], domain="com.microsoft")
+    return Made(None, write=_write(model_of([node], tensors, [("x", 1, ["n", 64])], [("y", 1, None)])))
+
+
 def convolution() -> Made:
     """QLinearConv worked by hand: a scale for each output channel, a bias in steps of both scales."""
     onnx = _onnx()
@@ -349,6 +511,28 @@ CASES = [
     Case("onnx-bnb-nf4", bnb4(1, 9, 40, 64), "onnx-bnb-nf4", (9, 40), "w", bytes={"codes": 180, "scales": 24}),
     Case("onnx-bnb-nf4-odd", bnb4(1, 5, 33, 16), "onnx-bnb-nf4", (5, 33), "w", bytes={"codes": 83, "scales": 44}),
     Case("onnx-bnb-fp4", bnb4(0, 9, 40, 32), "onnx-bnb-fp4", (9, 40), "w"),
+    *(Case(f"onnx-experts-{bits}-{block}{'-zeros' * zeros}", experts(bits, block, zeros=zeros), f"onnx-qmoe-{bits}",
+           (3, 16, 32), "w", total=3 * 16 * 32 * 2)
+      for bits in (4, 8, 2) for block in (0, 16) for zeros in (False, True)),
+    Case("onnx-experts-of-a-device", experts(4, prepacked=-1), "onnx-qmoe-4", (3, 16, 32), "w", total=3 * 16 * 32 * 2,
+         bytes={"codes": 3 * 16 * 16, "scales": 3 * 16 * 4}),
+    Case("onnx-linear-integers", linear_integers("QLinearMatMul"), "onnx-int8", (12, 9), "w",
+         bytes={"codes": 108, "scales": 36, "zero_points": 9}),
+    Case("onnx-linear-convolution", linear_integers("QLinearConv"), "onnx-int8", (9, 12, 1, 1), "w"),
+    Case("onnx-integer-convolution", integer_convolution, "onnx-uint8", (9, 12, 1, 1), "w"),
+    Case("onnx-attention", attention(()), "onnx-int8", (12, 24), "w", total=12 * 24 + 24),
+    Case("onnx-attention-by-column", attention((24,)), "onnx-int8", (12, 24), "w", total=12 * 24 + 24,
+         bytes={"codes": 288, "scales": 96, "zero_points": 24}),
+    Case("onnx-fused-mlp", fused_nbits("MatMulNBitsMlp", {"N": 5}, ["x", "", "", "", "", "", "w", "s"]),
+         "onnx-matmulnbits-4", (5, 96), "onnx::w_1"),
+    Case("onnx-fused-q", fused_nbits("MatMulNBitsQkv", {"Nq": 5, "Nkv": 3}, ["x", "", "", "w", "s"]),
+         "onnx-matmulnbits-4", (5, 96), "onnx::w_1"),
+    Case("onnx-fused-v", fused_nbits("MatMulNBitsQkv", {"Nq": 9, "Nkv": 5}, ["x", "", "", *[""] * 6, "w", "s"]),
+         "onnx-matmulnbits-4", (5, 96), "onnx::w_1"),
+    Case("onnx-float8-blocks", small_float_blocks, "onnx-float8e4m3fn", (5, 70), "w",
+         bytes={"codes": 350, "scales": 60}),
+    Case("onnx-fpq4", packed_for_a_processor, "onnx-fpq4", (64, 18), "w",
+         bytes={"codes": 720, "bookkeeping": 16}),
     Case("onnx-convolution", convolution, "onnx-int8", (2, 1, 1, 3), "w", total=8,
          bytes={"codes": 6, "scales": 8, "zero_points": 2}),
     Case("onnx-convolution-bias", convolution_bias, "onnx-int32", (2,), "bias", total=8),

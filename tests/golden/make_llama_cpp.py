@@ -2,12 +2,13 @@
 
     python -m tests.golden.make_llama_cpp SOURCE LIBRARIES
 
-SOURCE is a source tree of llama.cpp (its converter runs), LIBRARIES a folder with its shared libraries (`llama_model_quantize`
-runs, through ctypes). Neither is a Python package a test could install, so the tests read what this script wrote: made with
-the tree in llama-cpp-python 0.3.36 and the libraries of llama.cpp v0.5.0 in the npm package @node-llama-cpp/linux-x64 3.22.1.
+SOURCE is a source tree of llama.cpp (its converter runs), LIBRARIES a folder with its shared libraries
+(`llama_model_quantize` runs, through ctypes). Neither is a package that a test could install, so the tests read what
+this script wrote: made with the tree in llama-cpp-python 0.3.36, and with the libraries of llama.cpp v0.5.0 in the npm
+package @node-llama-cpp/linux-x64 3.22.1.
 
-Every model is made by transformers with random weights; a vocabulary is not needed and left out. Cases that the file has
-already are kept. A mixture that llama.cpp refuses for a model has no types.
+Every model is made by transformers with random weights; a vocabulary is not needed and left out. Cases that the file
+has already are kept. A mixture that llama.cpp refuses for a model has no types.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from tests.golden.file import FOLDER
@@ -33,6 +36,11 @@ def text(model_type: str, architecture: str, **other: object) -> dict[str, objec
     return {"model_type": model_type, "architectures": [architecture], **TEXT, **other}
 
 
+def llama(hidden: int, inner: int, *, layers: int, keys: int, **other: object) -> dict[str, object]:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return LLAMA | sizes | {"num_key_value_heads": keys, **other}
+
+
 MODELS = {
     # Architectures: names, shapes and dtypes of the F16 file.
     "llama-3-rope": text("llama", "LlamaForCausalLM", rope_parameters=LLAMA3, head_dim=24),
@@ -42,7 +50,6 @@ MODELS = {
     "qwen2-moe": text("qwen2_moe", "Qwen2MoeForCausalLM", **EXPERTS, shared_expert_intermediate_size=80),
     "gemma": text("gemma", "GemmaForCausalLM", head_dim=16),
     "gemma2": text("gemma2", "Gemma2ForCausalLM", head_dim=16),
-    "gemma3": text("gemma3_text", "Gemma3ForCausalLM", head_dim=16),
     "starcoder2": text("starcoder2", "Starcoder2ForCausalLM", use_bias=True),
     "olmo": text("olmo", "OlmoForCausalLM"),
     "olmo2": text("olmo2", "Olmo2ForCausalLM"),
@@ -51,18 +58,17 @@ MODELS = {
     "smollm3": text("smollm3", "SmolLM3ForCausalLM", pad_token_id=0),
     "arcee": text("arcee", "ArceeForCausalLM"),
     # Mixtures: whole blocks of 256, layers enough for every rule; heads that share keys by two, by four, not at all.
-    "llama-17-layers": LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 17, "num_key_value_heads": 2},
-    "llama-tied-gqa": LLAMA | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9, "num_key_value_heads": 1,
-                               "tie_word_embeddings": True},
-    "llama-odd-columns": LLAMA | {"hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 9, "num_key_value_heads": 4},
-    "llama-70b": LLAMA | {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 80, "num_key_value_heads": 2},
-    "llama-65b": LLAMA | {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 80, "num_key_value_heads": 4},
+    "llama-17-layers": llama(256, 512, layers=17, keys=2),
+    "llama-tied-gqa": llama(256, 256, layers=9, keys=1, tie_word_embeddings=True),
+    "llama-odd-columns": llama(96, 136, layers=9, keys=4),
+    "llama-70b": llama(64, 32, layers=80, keys=2),
+    "llama-65b": llama(64, 32, layers=80, keys=4),
     "qwen2-72b": text("qwen2", "Qwen2ForCausalLM", num_hidden_layers=80, intermediate_size=32),
     "mixtral-8": text("mixtral", "MixtralForCausalLM", hidden_size=256, intermediate_size=256, num_hidden_layers=9,
                       num_local_experts=8),
     "qwen3-moe": text("qwen3_moe", "Qwen3MoeForCausalLM", hidden_size=256, num_hidden_layers=9, **EXPERTS, head_dim=64),
-    "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "bfloat16", "n_embd": 256, "n_layer": 9,
-             "n_head": 4, "n_inner": 512, "vocab_size": 160, "n_positions": 64, "n_ctx": 64},
+    "gpt2": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "bfloat16", "n_embd": 256,
+             "n_layer": 9, "n_head": 4, "n_inner": 512, "vocab_size": 160, "n_positions": 64, "n_ctx": 64},
     "phi3": text("phi3", "Phi3ForCausalLM", hidden_size=256, intermediate_size=512, num_hidden_layers=9, pad_token_id=0,
                  original_max_position_embeddings=64),
     "falcon": {"model_type": "falcon", "architectures": ["FalconForCausalLM"], "dtype": "bfloat16", "hidden_size": 256,
@@ -107,10 +113,12 @@ def load_library(folder: Path) -> ctypes.CDLL:
 
 
 def quantize(library: ctypes.CDLL, source: Path, target: Path, ftype: int, sizes: dict[str, int] | None) -> bool:
-    """Run `llama_model_quantize`: False where it refuses. `sizes` are the lengths of the rows of an importance matrix, by tensor."""
+    """Run `llama_model_quantize`: False where it refuses. `sizes`: the values of an importance matrix, by tensor."""
     parameters = library.llama_model_quantize_default_params()
     parameters.ftype, parameters.threads = ftype, 2
-    entries = [Importance(name.encode(), (ctypes.c_float * size)(*[1.0] * size), size) for name, size in (sizes or {}).items()]
+    entries = [
+        Importance(name.encode(), (ctypes.c_float * size)(*[1.0] * size), size) for name, size in (sizes or {}).items()
+    ]
     table = (Importance * (len(entries) + 1))(*entries)
     if sizes:
         parameters.imatrix = ctypes.cast(table, ctypes.c_void_p)
@@ -157,11 +165,31 @@ def record(config: dict[str, object], library: ctypes.CDLL) -> dict[str, object]
         rows = {row[0]: row[2][-1] * (row[2][-3] if len(row[2]) > 2 else 1) for row in unquantized if len(row[2]) > 1}
         quantized = {}
         for recipe, imatrix in recipes(config):
-            written = quantize(library, folder / "f16.gguf", folder / "out.gguf", FTYPES[recipe], rows if imatrix else None)
+            written = quantize(
+                library, folder / "f16.gguf", folder / "out.gguf", FTYPES[recipe], rows if imatrix else None
+            )
             suffix = "-imat" if imatrix and recipe not in ALWAYS_WITH_IMATRIX else ""
             quantized[recipe + suffix] = [row[1] for row in read(folder / "out.gguf")] if written else []
         keys = metadata(folder / "f16.gguf")
-    return {"config": config, "keys": keys, "unquantized": unquantized, "quantized": shortened(quantized)}
+    return {
+        "config": config,
+        "keys": keys,
+        "unquantized": without_layers(unquantized),
+        "quantized": shortened(quantized),
+    }
+
+
+def without_layers(rows: list[list[object]]) -> list[list[object]]:
+    """Return each tensor of the layers once, as `blk.*`; layers that differ stay as they are."""
+    layers = {row[0].split(".")[1] for row in rows if row[0].startswith("blk.")}
+    times = Counter(json.dumps(starred(row)) for row in rows)
+    if any(number not in (1, len(layers)) for number in times.values()):
+        return rows
+    return [json.loads(row) for row in times]
+
+
+def starred(row: list[object]) -> list[object]:
+    return [re.sub(r"^blk\.[0-9]+\.", "blk.*.", row[0]), *row[1:]]
 
 
 def metadata(path: Path) -> dict[str, object]:
