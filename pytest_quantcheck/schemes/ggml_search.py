@@ -58,7 +58,7 @@ def _from_least(
     scale, least = (_small_integers(found.view(shape), scales.top).view(-1, 1) for found in (scale, -least))
     inverse = _inverse(scale)
     values = (parts + least).mul_(inverse).round_().clamp_(0, codes).mul_(scale).sub_(least)
-    return values.view(blocks.shape)
+    return values.reshape(blocks.shape)
 
 
 def _fit_line(
@@ -135,7 +135,7 @@ def _from_zero(
         unit = _extreme(fitted) / -scales.top
         codes = (fitted * _inverse(unit)).round_().clamp_(-scales.top, scales.top - 1)
         scale = codes.mul_(unit.to(torch.float16)).view(-1, 1)
-    return _to_level(parts * _inverse(scale), levels).mul_(scale).view(blocks.shape)
+    return _to_level(parts * _inverse(scale), levels).mul_(scale).reshape(blocks.shape)
 
 
 def _fit_scale(parts: torch.Tensor, levels: tuple[int, ...], spreads: tuple[float, ...], refined: int) -> torch.Tensor:
