@@ -71,7 +71,7 @@ def signs(sample: Sample) -> Iterator[Attempt]:
 def borrows(sample: Sample) -> Iterator[Attempt]:
     """Offsets taken off whole words, so that one code borrows from the next."""
     tensor = sample.tensor
-    width = BITS.get(tensor.stored.dtype, 8) // 8
+    width = max(1, BITS.get(tensor.stored.dtype, 8) // 8)
     for bits in (2, 4):
         if _packed(tensor, bits):
             change = partial(rewritten.undo_borrows, bits=bits)

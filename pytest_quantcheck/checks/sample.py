@@ -1,6 +1,6 @@
 """A few windows of a tensor and of its reference, decoded: enough to try a hypothesis, whatever the tensor's size.
 
-    windows  at most four, whole rows, evenly spread, each starting where a block starts; one more where a fault is known
+    windows  at most four, whole rows, evenly spread, each starting where a block does; one more at a known fault
     head     the first rows, more of them: whole attention heads for questions about the order of rows
 
 Both are decoded once.
