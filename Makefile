@@ -32,7 +32,7 @@ $(VENV)/.weights: $(READY)
 demo: $(VENV)/.weights
 	$(BIN)/python docs/examples/minilm/demo.py
 
-test: $(READY)
+test: $(READY) $(VENV)/.weights
 	$(BIN)/python -m pytest $(ARGS)
 
 # Installs the hooks from a clone of this repository, as pre-commit does for a user.

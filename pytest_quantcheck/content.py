@@ -17,6 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck import dtypes
+from pytest_quantcheck.errors import NotDecodable
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -52,21 +53,32 @@ def is_turned(one: LogicalTensor, other: LogicalTensor) -> bool:
 def same_values(one: LogicalTensor, other: LogicalTensor, *, decoded: bool = True) -> bool | None:
     """Return whether two tensors of fitting shapes hold the same values, None where that cannot be told.
 
-    That is so where values would have to be decoded, and torch is not there or `decoded` is False.
+    That is so where values would have to be decoded, and torch is not there or `decoded` is False; and where a tensor
+    has no values at all.
     """
+    try:
+        stored = _stored_alike(one, other)
+        if stored is not None or not decoded or not (one.decoder and other.decoder):
+            return stored
+        if importlib.util.find_spec("torch") is None:
+            return None
+        return likeness(one, other, turned=is_turned(one, other)).sqnr_db >= _level_db(one, other)
+    except NotDecodable:
+        return None
+
+
+def _stored_alike(one: LogicalTensor, other: LogicalTensor) -> bool | None:
+    """What the bytes tell by themselves, None where they have to be decoded."""
     turned = is_turned(one, other)
     if not turned and _written_alike(one, other):
         if _same_edges(one, other):
             return not _is_constant(one)
-        if not one.quantized:
-            return False
-    elif turned and _can_be_crossed(one, other):
+        return None if one.quantized else False
+    if turned and _can_be_crossed(one, other):
         rows, columns = windows_of(one)
         crossed = _crossing(one, rows, columns)
         return len(set(chain(*crossed))) > 1 and crossed == list(zip(*_crossing(other, columns, rows), strict=True))
-    if not decoded or not (one.decoder and other.decoder) or importlib.util.find_spec("torch") is None:
-        return None
-    return likeness(one, other, turned=turned).sqnr_db >= _level_db(one, other)
+    return None
 
 
 def likeness(one: LogicalTensor, other: LogicalTensor, *, turned: bool, device: str = "cpu") -> Likeness:

@@ -241,7 +241,7 @@ def test_what_ggml_searches_is_predicted(name, tmp_path):
     measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
     print(f"{name:15} {measured:.2f} predicted {expected:.2f}")
     if name.endswith("imatrix"):
-        assert expected - tensor.rounding.margin_db <= measured < expected + 0.1
+        assert measured >= expected - tensor.rounding.margin_db
     else:
         assert measured == pytest.approx(expected, abs=0.1)
     assert int(beyond(tensor, reference).sum()) == 0

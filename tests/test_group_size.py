@@ -11,7 +11,7 @@ from pytest_quantcheck.containers import open_path
 
 ROW = 12_288  # of OPT-175B: one group is the whole row
 
-# LUT-GEMM (arXiv 2206.09557; nQWeight_fp16.h): 16 bit over what is stored, a scale in fp16 for each bit plane of a group
+# LUT-GEMM (arXiv 2206.09557; nQWeight_fp16.h): 16 bit over what is stored, an fp16 scale for each bit plane of a group
 BINARY_CODES = [
     (4, {32: 2.67, 64: 3.20, 128: 3.56, 256: 3.76, 512: 3.88, ROW: 3.99}),
     (3, {32: 3.56, 64: 4.27, 128: 4.74, 256: 5.02, 512: 5.17, ROW: 5.33}),

@@ -27,7 +27,6 @@ from pytest_quantcheck.tensor import Container, Origin, StoredTensor
 
 ENDING = ".onnx"
 RECORD = "onnx_node"
-FLOATS = ("F64", "F32", "F16", "BF16")
 SHOWN = 8
 STALE = re.compile(r".*\.(onnx_data(_\d+)?|onnx\.data|onnx_weights)")
 
@@ -125,7 +124,7 @@ def _by_weight(graphs: Graphs) -> dict[str, Encoded]:
     """The encoded weights by name; a table may be looked up and multiplied, but has to be decoded in one way."""
     found: dict[str, Encoded] = {}
     for one in graphs.encoded:
-        if one.weight.stored is None or one.weight.stored.dtype in FLOATS:
+        if one.weight.stored is None or one.weight.stored.dtype in onnx_roles.FLOATS:
             raise UnknownEncoding(
                 f"{onnx_graph.shown(one.node)} takes it, which is not encoded", tensor=one.weight.name
             )

@@ -135,8 +135,10 @@ def _rounding(to_code: Round, bits: int, span: Span) -> Rounding:
 _SPREADS = (-0.5, -0.29, -0.07, 0.14, 0.36, 0.57, 0.79, 1.0)
 Q2_K = _rounding(from_least(3, Scales(16, 15), _SPREADS, absolute=True), 2, Span(84, 16, 80))
 Q3_K = _rounding(from_zero(tuple(range(-4, 4)), Scales(16, 32), (), refined=1), 3, Span(110, 0, 96))
-Q4_K = _rounding(from_least(15, Scales(32, 63), (-1, -0.67, -0.33, 0, 0.33, 0.67, 1)), 4, Span(144, 16, 144))
-Q5_K = _rounding(from_least(31, Scales(32, 63), (-0.5, -0.13, 0.25, 0.63, 1)), 5, Span(176, 16, 176))
+Q4_K = _rounding(
+    from_least(15, Scales(32, 63), (-1, -0.8, -0.6, -0.4, -0.2, 0, 0.2, 0.4, 0.6, 0.8, 1)), 4, Span(144, 16, 144)
+)
+Q5_K = _rounding(from_least(31, Scales(32, 63), (-0.5, -0.25, 0, 0.25, 0.5, 0.75, 1)), 5, Span(176, 16, 176))
 Q6_K = _rounding(from_zero(tuple(range(-32, 32)), Scales(16, 128), (-0.9, 0.9)), 6, Span(210, 0, 192))
 
 TYPES = {

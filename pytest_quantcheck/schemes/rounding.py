@@ -18,6 +18,8 @@ A scale is kept in float32, bfloat16 or float16 (`float16-late`: rounded after t
 the window (`e4m3-scaled`); or in 8 bits under one more, as bitsandbytes (`nested`) and torchao (`nested-int8`) do.
 
 Left out: what a quantizer does beyond rounding. Calibrated methods minimize another error, and get a wider margin.
+
+What is asked for is kept: the many tensors of a model share few roundings.
 """
 
 from __future__ import annotations
@@ -60,27 +62,32 @@ E4M3_MAX = 448.0
 Round = Callable[["torch.Tensor", float | None], "torch.Tensor"]
 
 
+@lru_cache
 def grouped(round_: Round, size: int, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `size` columns."""
     return Rounding(partial(_grouped, round_=round_, size=max(1, size)), margin_db=margin_db, steps=steps)
 
 
+@lru_cache
 def flat(round_: Round, size: int, columns: int, *, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `size` values that run on across rows."""
     return Rounding(partial(_flat, round_=round_, size=size), size // math.gcd(max(1, columns), size), steps=steps)
 
 
+@lru_cache
 def tiled(round_: Round, height: int, width: int, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `height` rows and `width` columns."""
     nearest = partial(_tiled, round_=round_, height=height, width=width)
     return Rounding(nearest, height, margin_db=margin_db, steps=steps)
 
 
+@lru_cache
 def whole(round_: Round, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
     """Return the rounding of a tensor with one scale."""
     return Rounding(partial(_whole, round_=round_), whole=True, margin_db=margin_db, steps=steps)
 
 
+@lru_cache
 def placed(
     round_: Round,
     shape: tuple[int, ...],
@@ -100,6 +107,7 @@ def placed(
     return tiled(round_, height, width, margin_db=margin_db, steps=steps)
 
 
+@lru_cache
 def placed_floats(
     dtype: str,
     shape: tuple[int, ...],
@@ -118,6 +126,7 @@ def placed_floats(
     return placing
 
 
+@lru_cache
 def on_grid(
     round_: Round, shape: tuple[int, ...], grid: tuple[int, ...], *, margin_db: float = 1.5, steps: Steps | None = None
 ) -> Rounding | None:
@@ -134,6 +143,7 @@ def on_grid(
     return placed(round_, shape, height, blocks[-1], margin_db=margin_db, steps=steps)
 
 
+@lru_cache
 def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to signed integers; `reach` is the code of the largest magnitude, by default half the range.
 
@@ -143,31 +153,37 @@ def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, sc
     return partial(_symmetric, low=low, high=high, reach=reach or (high - low) / 2, scale=scale)
 
 
+@lru_cache
 def extreme(bits: int, *, scale: ScaleKind = "float16-late") -> Round:
     """Return the rounding to signed integers whose lowest code is the extreme of the block, whatever its sign."""
     return partial(_extreme, low=-(2 ** (bits - 1)), scale=scale)
 
 
+@lru_cache
 def affine(bits: int, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to unsigned integers with an integer zero point; 0 is always among the values."""
     return partial(_affine, levels=2**bits, scale=scale)
 
 
+@lru_cache
 def from_least(bits: int, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to unsigned integers above the least value, which is kept like the scale."""
     return partial(_from_least, levels=2**bits, scale=scale)
 
 
+@lru_cache
 def from_edge(bits: int, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to unsigned integers from the minimum or the maximum, whichever is of greater magnitude."""
     return partial(_from_edge, levels=2**bits, scale=scale)
 
 
+@lru_cache
 def codebook(levels: tuple[float, ...], *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to the levels of a table."""
     return partial(_codebook, levels=levels, scale=scale)
 
 
+@lru_cache
 def small_float(dtype: str, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to one of torch's 8-bit floats, by name."""
     return partial(_small_float, dtype=dtype, scale=scale)
@@ -177,7 +193,7 @@ def _grouped(
     tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *, round_: Round, size: int
 ) -> torch.Tensor:
     rows, columns = values.shape
-    return round_(_in_blocks(values, size), None).view(rows, -(-columns // size) * size)[:, :columns]
+    return round_(_in_blocks(values, size), None).reshape(rows, -(-columns // size) * size)[:, :columns]
 
 
 def _in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
@@ -211,13 +227,13 @@ def _tiled(
     height, width = min(height, max(1, rows)), min(width, max(1, columns))
     tiles = pad(values, (0, -columns % width, 0, -rows % height))
     down, across = tiles.shape[0] // height, tiles.shape[1] // width
-    tiles = tiles.view(down, height, across, width).transpose(1, 2).reshape(-1, height * width)
-    tiles = round_(tiles, None).view(down, across, height, width).transpose(1, 2)
+    tiles = tiles.reshape(down, height, across, width).transpose(1, 2).reshape(-1, height * width)
+    tiles = round_(tiles, None).reshape(down, across, height, width).transpose(1, 2)
     return tiles.reshape(down * height, across * width)[:rows, :columns]
 
 
 def _whole(tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *, round_: Round) -> torch.Tensor:
-    return round_(values.reshape(1, -1), largest).view(values.shape)
+    return round_(values.reshape(1, -1), largest).reshape(values.shape)
 
 
 def _symmetric(

@@ -13,7 +13,7 @@ that is kept instead of a zero point) and of the step, each way.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.tensor import LogicalTensor, Source, Steps, StoredTensor
@@ -55,6 +55,7 @@ class Filled(NamedTuple):
         return values.masked_fill((place >= self.span.first) & (place < self.span.last), self.byte)
 
 
+@lru_cache
 def even(
     bits: int,
     *,
@@ -71,11 +72,13 @@ def even(
     return partial(_even, bits=bits, fills=fills, clips=clips, least=least, span=span)
 
 
+@lru_cache
 def levels(table: tuple[float, ...], unit: float, fill: int, *, clips: bool = False, span: Span | None = None) -> Steps:
     """Return the steps of a table; `fill` is a byte full of the code of the level `unit`."""
     return partial(_levels, table=table, unit=unit, fill=fill, clips=clips, span=span)
 
 
+@lru_cache
 def floats(dtype: str, *, clips: bool = False) -> Steps:
     """Return the steps of one of torch's 8-bit floats, by name."""
     return partial(_floats, dtype=dtype, clips=clips)
