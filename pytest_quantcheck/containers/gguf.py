@@ -89,7 +89,7 @@ class Header(NamedTuple):
 
 
 class BigEndian(NamedTuple):
-    """A `Source` over one tensor of a big-endian file: it is as a little-endian file has it; blocks when loaded only."""
+    """A `Source` over one tensor of a big-endian file: as a little-endian file has it; blocks when loaded only."""
 
     file: files.File
     dtype: str
