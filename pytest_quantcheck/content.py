@@ -14,6 +14,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from itertools import chain
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck import dtypes
@@ -60,7 +61,7 @@ def same_values(one: LogicalTensor, other: LogicalTensor, *, decoded: bool = Tru
         stored = _stored_alike(one, other)
         if stored is not None or not decoded or not (one.decoder and other.decoder):
             return stored
-        if importlib.util.find_spec("torch") is None:
+        if importlib.util.find_spec("torch") is None and not (one.cells and other.cells):
             return None
         return likeness(one, other, turned=is_turned(one, other)).sqnr_db >= _level_db(one, other)
     except NotDecodable:
@@ -81,25 +82,37 @@ def _stored_alike(one: LogicalTensor, other: LogicalTensor) -> bool | None:
     return None
 
 
-def likeness(one: LogicalTensor, other: LogicalTensor, *, turned: bool, device: str = "cpu") -> Likeness:
-    """Return how alike the decoded samples of two tensors are, the second turned first."""
+def likeness(one: LogicalTensor, other: LogicalTensor, *, turned: bool) -> Likeness:
+    """Return how alike samples of two tensors are, the second turned first."""
     rows, columns = windows_of(one)
-    first = decoded_sample(one, rows, columns, device).double()
-    second = (
-        decoded_sample(other, columns, rows, device).t() if turned else decoded_sample(other, rows, columns, device)
-    )
-    return compared(first, second.double())
+    first = _sample(one, rows, columns)
+    second = [*zip(*_sample(other, columns, rows), strict=True)] if turned else _sample(other, rows, columns)
+    return compared([*chain(*first)], [*chain(*second)])
 
 
-def compared(first: torch.Tensor, second: torch.Tensor) -> Likeness:
-    """Return how alike two samples of one shape are; a constant one correlates with nothing."""
-    deviations = first - first.mean(), second - second.mean()
-    spread = float(deviations[0].norm() * deviations[1].norm())
-    correlation = float((deviations[0] * deviations[1]).sum()) / spread if spread > 0 else 0.0
-    signal, noise = float(first.square().sum()), float((first - second).square().sum())
+def compared(first: list[float], second: list[float]) -> Likeness:
+    """Return how alike two samples of one size are; a constant one correlates with nothing."""
+    means = [math.fsum(values) / len(values) for values in (first, second)]
+    deviations = [[value - mean for value in values] for values, mean in zip((first, second), means, strict=True)]
+    spread = math.sqrt(math.prod(sum(value * value for value in values) for values in deviations))
+    correlation = sum(map(mul, *deviations)) / spread if spread > 0 else 0.0
+    signal, noise = sum(value * value for value in first), sum(map(_squared_difference, first, second))
     if not signal > 0 or math.isnan(noise) or not spread > 0:
         return Likeness(correlation, -math.inf)
     return Likeness(correlation, 10 * math.log10(signal / noise) if noise else math.inf)
+
+
+def _squared_difference(one: float, other: float) -> float:
+    return (one - other) ** 2
+
+
+def _sample(tensor: LogicalTensor, rows: Sequence[Window], columns: Sequence[Window]) -> list[Sequence[float]]:
+    """The values where windows of rows and of columns cross, row by row; with torch only where they need it."""
+    cells = tensor.cells
+    if cells is None:
+        return [row.tolist() for row in decoded_sample(tensor, rows, columns)]
+    each = (row for window in rows for row in range(*window))
+    return [[*chain(*(cells(tensor, row, *window) for window in columns))] for row in each]
 
 
 def decoded_sample(

@@ -128,6 +128,7 @@ class Origin(NamedTuple):
 
 
 Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
+Cells = Callable[["LogicalTensor", int, int, int], list[float]]
 
 
 Steps = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
@@ -161,7 +162,8 @@ class LogicalTensor(NamedTuple):
     can be sent to another process. `transposed` says that the unquantized model keeps the matrix the other way round
     (GPT-2's Conv1D). `paired_rows` and `shift` are undone by `decode` (see `Origin`). `floor_db` is the SQNR under
     which this encoding is broken, whatever the weights; `rounding` tells what these weights can be expected to keep.
-    `copy_of` names the tensor that a `tied` one repeats, where its values told so.
+    `cells(tensor, row, start, stop)` gives a few values without torch, where the scheme can. `copy_of` names the tensor
+    that a `tied` one repeats, where its values told so.
     """
 
     name: str
@@ -177,6 +179,7 @@ class LogicalTensor(NamedTuple):
     paired_rows: int | None = None
     shift: float = 0.0
     rounding: Rounding | None = None
+    cells: Cells | None = None
     copy_of: str | None = None
 
     @property

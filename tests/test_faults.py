@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
-from tests import faults
+from pytest_quantcheck import assert_checkpoint_intact
+from tests import encoders, faults
 from tests.faults import CHECKS, FAULTS
 
 IDS = [f"{fault.row}-{fault.what[:40].replace(' ', '-')}" for fault in FAULTS]
@@ -49,3 +51,20 @@ def test_the_page_has_every_row():
 def without_numbers(text: str) -> str:
     """They may differ by the last digit from one CPU to the next."""
     return re.sub(r"0x[0-9a-f]+|-?\d[\d,]*(\.\d+)?(e[-+]\d+)?", "#", text)
+
+
+def test_a_block_of_zeros_may_have_a_scale_of_zero(tmp_path):
+    weight = encoders.gaussian(40, 96)
+    weight[5] = 0
+    tensors = encoders.bnb_4bit(weight).state_dict()
+    assert (tensors["layer.weight.absmax"] == 0).any()
+    assert_checkpoint_intact(encoders.folder(tmp_path, tensors, encoders.BNB_CONFIG))
+
+
+def test_a_zero_point_has_to_be_in_reach_of_its_codes(tmp_path):
+    options = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "tensor"}
+    _, tensors, config = encoders.compressed_tensors("pack-quantized", 12, 96, **options)
+    assert_checkpoint_intact(encoders.folder(tmp_path / "healthy", tensors, config))
+    tensors["layer.weight_zero_point"] = torch.full_like(tensors["layer.weight_zero_point"], 100)
+    with pytest.raises(AssertionError, match=r"1 of 1 zero points are out of reach of 4-bit codes \(-8 to 15\)"):
+        assert_checkpoint_intact(encoders.folder(tmp_path / "broken", tensors, config))

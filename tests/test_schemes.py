@@ -106,6 +106,17 @@ def test_rounding_and_steps_fit_what_is_decoded(case, artifact, made):
         assert torch.equal(first.nan_to_num(), steps[:1].nan_to_num())
 
 
+@each_case
+def test_a_few_values_without_torch_are_those_that_are_decoded(case, artifact):
+    tensor = artifact.tensor(case.name)
+    if tensor.cells is None:
+        pytest.skip("takes torch")
+    for start, stop in ((0, tensor.columns), (1, min(7, tensor.columns)), (tensor.columns // 2, tensor.columns)):
+        for row in (0, tensor.rows - 1):
+            cells = torch.tensor(tensor.cells(tensor, row, start, stop))
+            assert torch.equal(cells, tensor.decode(row, row + 1)[0, start:stop])
+
+
 def test_the_table_in_the_docs_is_what_is_measured():
     """Printed for whoever runs it; schemes whose library is not installed here are left out of the comparison."""
     measured = lines(CASES)

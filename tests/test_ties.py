@@ -105,21 +105,25 @@ def test_onnx_heads_are_told_by_their_values(tmp_path, model, copied):
     assert sum(artifact.bytes.values()) == artifact.file_bytes
 
 
-def test_plain_copies_are_found_without_torch(tmp_path):
-    for name, model in (("tied", tied()), ("own", of_its_own())):
-        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
-    code = (
-        "import sys; from pytest_quantcheck import count_params;"
-        f"assert count_params({str(tmp_path / 'tied.onnx')!r}) == {TABLE};"
-        f"assert count_params({str(tmp_path / 'own.onnx')!r}) == {2 * TABLE};"
-        "assert 'torch' not in sys.modules"
-    )
+def test_copies_are_found_without_torch(tmp_path):
+    """Plain ones, and heads in the four bits that everybody writes."""
+    code = "import sys; from pytest_quantcheck import count_params;"
+    for name, model, params in (
+        ("tied", tied(), TABLE),
+        ("own", of_its_own(), 2 * TABLE),
+        ("tied-4", nbits(tied(), is_symmetric=False), TABLE),
+        ("own-4", nbits(of_its_own(), is_symmetric=True), 2 * TABLE),
+    ):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(model.SerializeToString())
+        code += f"assert count_params({str(path)!r}) == {params};"
+    code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_torch_an_encoded_head_is_counted_and_a_note_says_so(tmp_path, monkeypatch):
-    (tmp_path / "m.onnx").write_bytes(nbits(tied()).SerializeToString())
+    (tmp_path / "m.onnx").write_bytes(in_steps(tied()).SerializeToString())
     monkeypatch.setitem(sys.modules, "torch", None)
     artifact = inspect(tmp_path / "m.onnx")
     assert artifact.logical_params == 2 * TABLE

@@ -89,15 +89,24 @@ class Header(NamedTuple):
 
 
 class BigEndian(NamedTuple):
-    """A `Source` over one tensor of a big-endian file: loaded, it is as a little-endian file has it."""
+    """A `Source` over one tensor of a big-endian file: as a little-endian file has it; blocks when loaded only."""
 
     file: files.File
     dtype: str
     offset: int
 
     def read(self, start: int, stop: int) -> bytearray:
-        """Return the bytes as they are in the file."""
-        return self.file.read(start, stop)
+        """Return the bytes of whole numbers, each turned round; those of blocks as they are in the file."""
+        raw = self.file.read(start, stop)
+        if DTYPES[self.dtype].kind == "block":
+            return raw
+        width = DTYPES[self.dtype].bits // 8
+        if (start - self.offset) % width or len(raw) % width:
+            raise ValueError(f"bytes {start} to {stop} cut a {self.dtype}")
+        turned = bytearray(len(raw))
+        for at in range(width):
+            turned[at::width] = raw[width - 1 - at :: width]
+        return turned
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
         """Return elements `start` up to `stop` with the bytes of every number turned round."""

@@ -228,8 +228,13 @@ def _as_it_was(tensor: LogicalTensor, origin: Origin | None) -> LogicalTensor:
     """The tensor under the name of the unquantized model, with what `decode` has to undo."""
     if origin is None:
         return tensor
+    changed = origin.paired_rows or origin.shift
     return tensor._replace(
-        name=origin.name, paired_rows=origin.paired_rows, transposed=origin.transposed, shift=origin.shift
+        name=origin.name,
+        paired_rows=origin.paired_rows,
+        transposed=origin.transposed,
+        shift=origin.shift,
+        cells=None if changed else tensor.cells,
     )
 
 

@@ -96,8 +96,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         floor_db=_floor_db(scheme, namespace),
     )
     _check_parts(tensor)
-    bits = next(iter(_bits(namespace)), 8)
-    return tensor._replace(rounding=_rounding(tensor, layout, bits))
+    return tensor._replace(rounding=_rounding(tensor, layout, next(iter(_bits(namespace)), 8)))
 
 
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
@@ -199,7 +198,7 @@ def _check_parts(tensor: LogicalTensor) -> None:
         raise FormatError(f"{list(index.shape)} {rule}", tensor=index.name)
 
 
-def _rounding(tensor: LogicalTensor, layout: Layout, bits: int) -> Rounding | None:
+def _rounding(tensor: LogicalTensor, layout: Layout, bits: object) -> Rounding | None:
     """Integers may have been calibrated."""
     scale = tensor.part("weight_scale")
     if tensor.stored.dtype in FP8:
@@ -209,7 +208,7 @@ def _rounding(tensor: LogicalTensor, layout: Layout, bits: int) -> Rounding | No
         height = layout.grid.height if layout.grid else 1
         gaps = steps.floats(kind, clips=powers)
         return rounding.placed_floats(kind, tensor.shape, height, layout.width, scale=kept, steps=gaps)
-    if layout.grid is None or not 1 < bits <= 8:
+    if layout.grid is None or type(bits) is not int or not 1 < bits <= 8:
         return None
     family = rounding.affine if tensor.has("weight_zero_point") else rounding.symmetric
     to_code = family(bits, scale=rounding.kept_in(scale))
@@ -218,17 +217,17 @@ def _rounding(tensor: LogicalTensor, layout: Layout, bits: int) -> Rounding | No
 
 def _floor_db(scheme: str, namespace: Namespace) -> float | None:
     """The floor of eight bits; integers of fewer bits are stored in bytes, too, and have none here."""
-    return FLOORS_DB[scheme] if _bits(namespace) <= {8} else None
+    return FLOORS_DB[scheme] if all(bits == 8 for bits in _bits(namespace)) else None
 
 
-def _bits(namespace: Namespace) -> set[Any]:
+def _bits(namespace: Namespace) -> list[object]:
     """The widths that the groups of the configuration name."""
     groups = namespace.quantization.get("config_groups")
-    return {
+    return [
         group["weights"].get("num_bits")
         for group in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-    }
+    ]
 
 
 SCHEME = Scheme(

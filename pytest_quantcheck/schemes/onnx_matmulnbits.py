@@ -74,6 +74,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         layout.block,
         floor_db=next((db for bits, block, db in FLOORS_DB if layout.bits == bits and layout.block <= block), None),
         rounding=_rounding(layout, symmetric="zero_points" not in node.stored),
+        cells=cells if reachable else None,
     )
 
 
@@ -127,6 +128,33 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     scales = tensor.part("scales").load(grid.start, grid.stop, device).to(torch.float32).view(count, layout.blocks)
     packing.shift_groups(values, _zeros(tensor, layout, grid, device).view(count, layout.blocks), layout.block)
     return packing.scale_groups(values, scales, layout.block)
+
+
+def cells(tensor: LogicalTensor, row: int, start: int, stop: int) -> list[float]:
+    """Return columns `start` up to `stop` of a row, without torch."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    first, last = start // layout.block, -(-stop // layout.block)
+    grid = row * layout.blocks
+    scales = packing.floats(tensor.part("scales"), grid + first, grid + last)
+    zeros = _zero_cells(tensor, layout, row, first, last)
+    size = layout.block * layout.bits // 8  # bytes of the codes of a block
+    at = tensor.stored.offset + row * layout.row
+    raw = tensor.stored.source.read(at + first * size, at + last * size)
+    codes = packing.small_codes(raw, layout.bits, start - first * layout.block, stop - first * layout.block)
+    blocks = (column // layout.block - first for column in range(start, stop))
+    return [(code - zeros[block]) * scales[block] for code, block in zip(codes, blocks, strict=True)]
+
+
+def _zero_cells(tensor: LogicalTensor, layout: Layout, row: int, first: int, last: int) -> list[float]:
+    """The zero points of some blocks of a row, without torch."""
+    if not tensor.has("zero_points"):
+        return [2.0 ** (layout.bits - 1)] * (last - first)
+    stored = tensor.part("zero_points")
+    if not layout.packed_zeros:
+        return packing.floats(stored, row * layout.blocks + first, row * layout.blocks + last)
+    at = stored.offset + row * layout.zero_row
+    return [*map(float, packing.small_codes(stored.source.read(at, at + layout.zero_row), layout.bits, first, last))]
 
 
 def _zeros(tensor: LogicalTensor, layout: Layout, grid: slice, device: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -478,3 +479,27 @@ def look_up_halves(packed: torch.Tensor, table: Sequence[int], values: torch.Ten
     entries = torch.tensor(table, dtype=torch.float32, device=packed.device)
     pairs = look_up(packed.reshape(-1), nibble_pairs(entries, high_first=False))
     values.copy_(pairs.view(len(packed), -1, 2).transpose(1, 2))
+
+
+FLOATS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}  # what `struct` calls them
+
+
+def floats(stored: StoredTensor, start: int, stop: int) -> list[float]:
+    """Return elements `start` up to `stop` of a stored tensor of floats, without torch."""
+    width = BITS[stored.dtype] // 8
+    raw = stored.source.read(stored.offset + start * width, stored.offset + stop * width)
+    values = struct.unpack(f"<{stop - start}{FLOATS[stored.dtype]}", raw)
+    if stored.dtype == "BF16":
+        words = struct.pack(f"<{stop - start}I", *(value << 16 for value in values))
+        values = struct.unpack(f"<{stop - start}f", words)
+    return list(values)
+
+
+def small_codes(raw: bytes | bytearray, bits: int, start: int, stop: int) -> list[int]:
+    """Return codes `start` up to `stop` of a bit stream, lowest bits first, without torch.
+
+    >>> small_codes(bytes([0x21, 0x43]), 4, 1, 4)
+    [2, 3, 4]
+    """
+    stream = int.from_bytes(raw, "little")
+    return [stream >> at * bits & (1 << bits) - 1 for at in range(start, stop)]

@@ -72,6 +72,7 @@ def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
         (Part("weight", kind, stored, stored.surplus),),
         decode,
         floor_db=FLOORS_DB.get(stored.dtype),
+        cells=cells if stored.dtype in packing.FLOATS else None,
     )
 
 
@@ -130,6 +131,12 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     else:
         values = stored.load(first, last, device).to(torch.float32)
     return values.view(stop - start, tensor.columns)
+
+
+def cells(tensor: LogicalTensor, row: int, start: int, stop: int) -> list[float]:
+    """Return columns `start` up to `stop` of a row, without torch."""
+    first = row * tensor.columns
+    return packing.floats(tensor.stored, first + start, first + stop)
 
 
 _SMALL_FLOATS = {
