@@ -28,6 +28,8 @@ class Sums(NamedTuple):
     total: float = 0.0  # reference
     drift: float = 0.0  # error
     rounding: float = 0.0  # (rounded - reference)^2, where it is known how the encoding rounds
+    rounding_cross: float = 0.0  # reference * (rounded - reference), likewise
+    rounding_drift: float = 0.0  # rounded - reference, likewise
 
     def plus(self, other: Sums) -> Sums:
         """Return the sums over both runs."""
@@ -55,6 +57,11 @@ class Sums(NamedTuple):
         return 1 + self.cross / self.signal if self.signal else 1.0
 
     @property
+    def rounding_gain(self) -> float:
+        """The slope that rounding the reference to nearest would have."""
+        return 1 + self.rounding_cross / self.signal if self.signal else 1.0
+
+    @property
     def sigma(self) -> float:
         """The standard deviation of the reference."""
         mean = self.total / self.values if self.values else 0.0
@@ -63,8 +70,16 @@ class Sums(NamedTuple):
     @property
     def bias(self) -> float:
         """The mean error, in standard deviations of the reference."""
-        drift = self.drift / self.values if self.values else 0.0
-        return drift / self.sigma if self.sigma else drift
+        return self._in_sigmas(self.drift)
+
+    @property
+    def rounding_bias(self) -> float:
+        """The mean error that rounding the reference to nearest would have, likewise."""
+        return self._in_sigmas(self.rounding_drift)
+
+    def _in_sigmas(self, drift: float) -> float:
+        mean = drift / self.values if self.values else 0.0
+        return mean / self.sigma if self.sigma else mean
 
     @property
     def cosine(self) -> float:

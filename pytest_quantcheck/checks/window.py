@@ -22,7 +22,7 @@ HALF_STEP = 0.5 * (1 + 2**-20)  # the error and the step are rounded themselves
 
 
 class Rows(NamedTuple):
-    """The sums of each row of a window, float64 `[6, rows]` in the order of `Sums`, and what is seen in one place."""
+    """The sums of each row of a window, float64 `[8, rows]` in the order of `Sums`, and what is seen in one place."""
 
     sums: torch.Tensor
     columns: int
@@ -53,6 +53,8 @@ def measure(
     deviation = None if rounded is None else rounded - reference
     if deviation is not None:
         parts.append(_short_sums(torch.mul(deviation, deviation, out=scratch), width))
+        parts.append(_short_sums(torch.mul(reference, deviation, out=scratch), long))
+        parts.append(_short_sums(deviation, long))
     sums = torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts])
     non_finite = [0, 0]
     if not bool(torch.isfinite(sums).all()):
@@ -61,7 +63,7 @@ def measure(
             rounded = None if deviation is None else deviation.double() + reference.double()
             return measure(decoded.double(), reference.double(), rounded, block=block, first=first)
     if width == block:
-        blocks = [parts[0], parts[1], parts[-1]]
+        blocks = [parts[0], parts[1], *parts[5:6]]
     else:
         blocks = [
             _block_energy(values, block or SHORT) for values in (reference, error, deviation) if values is not None
@@ -74,7 +76,7 @@ def measure(
         reference_non_finite=non_finite[1],
     )
     if deviation is None:
-        sums = torch.cat((sums, torch.zeros_like(sums[:1])))
+        sums = torch.cat((sums, torch.zeros_like(sums[:3])))
     return Rows(sums, decoded.shape[1], extremes)
 
 
