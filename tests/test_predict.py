@@ -137,6 +137,39 @@ def without_states(tensors):
     return {name: tensor for name, tensor in tensors.items() if "state" not in name}
 
 
+# model, values of its routers' `e_score_correction_bias` if they are a buffer
+ROUTED = [("mixtral", 0), ("deepseek", 2 * 6), ("ernie", 0)]
+
+
+@pytest.mark.parametrize(("kind", "buffers"), ROUTED)
+def test_what_the_model_declares_counts_in_a_live_model_a_checkpoint_and_a_configuration(
+    tmp_path, monkeypatch, kind, buffers
+):
+    in_process(monkeypatch)
+    model = models.load(models.save(kind, tmp_path / "made"))
+    path = tmp_path / "loaded"
+    model.save_pretrained(path)
+    checkpoint, config = inspect(path), predict(path / "config.json", ["bf16"])
+    assert checkpoint.buffers == buffers
+    assert classes(checkpoint) == config.predicted[0].sizes.bytes
+    live = inspect(model).logical_params
+    assert [live, checkpoint.logical_params, config.logical_params] == [models.parameters(kind)] * 3
+
+
+def test_the_experts_of_a_layer_are_written_once_and_counted_as_often_as_they_are(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    path = models.save("mixtral", tmp_path)
+    one_by_one = unquantized(path / "config.json")
+    tried = 0
+    for row in predict(path / "config.json").predicted:
+        whole = predicted(row.recipe, one_by_one)
+        assert (row.sizes, row.less, row.refused) == (whole.sizes, whole.less, whole.refused)
+        if row.sizes and row.container == "safetensors":
+            assert len(whole.tensors) - len(row.tensors) == 3 * 3 * (4 - 1)  # layers, matrices, experts but one
+            tried += 1
+    assert tried >= 8
+
+
 @pytest.mark.parametrize(
     ("recipe", "preset"),
     [("fp8", "FP8"), ("fp8-dynamic", "FP8_DYNAMIC"), ("nvfp4", "NVFP4"), ("mxfp4", "MXFP4")],

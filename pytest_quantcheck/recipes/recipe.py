@@ -33,8 +33,8 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # modules that pi
 class Weight(NamedTuple):
     """One tensor of the unquantized checkpoint.
 
-    `own` is its dtype where it is no float. Under the dtypes of `wide` loaders keep it in F32. `copies`: so many experts
-    of a layer have one like it, and `name` is the first one's.
+    `own` is its dtype where it is no float. Under the dtypes of `wide` loaders keep it in F32. `copies`: so many
+    experts of a layer have one like it, and `name` is the first one's.
     """
 
     name: str
