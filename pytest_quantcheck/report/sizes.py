@@ -130,7 +130,8 @@ def _cost_lines(cost: Cost) -> Iterator[Line]:
         times = [f"{durations.duration(link.seconds)} at {durations.speed(link.megabits)}" for link in cost.downloads]
         yield f"download    {', '.join(times[:2])},", ""
         yield f"            {', '.join(times[2:])}: the link alone", ""
-    yield f"load        {format_sizes(cost.load)} at least: weights as stored", ""
+    end = "" if cost.largest_decoded else ";"
+    yield f"load        {format_sizes(cost.load)} at least: weights as stored{end}", ""
     if cost.largest_decoded:
         yield f"            and the largest quantized matrix in 16 bit, {format_sizes(cost.largest_decoded)};", ""
     yield "            not in it: KV cache, activations, the context of the device", ""
@@ -139,7 +140,7 @@ def _cost_lines(cost: Cost) -> Iterator[Line]:
         largest = cost.gpus[-1]
         yield f"fits        no single GPU: {largest.gpu} lacks {format_binary_size(-largest.left)}", ""
         return
-    yield f"fits        {smallest.gpu} and larger: {format_binary_size(smallest.left)} left there", ""
+    yield f"fits        {smallest.gpu} and larger, with {format_binary_size(smallest.left)} left for that", ""
 
 
 def _tree_lines(root: Node) -> Iterator[Line]:
