@@ -5,7 +5,8 @@
 
 `weights` are the tensors as stored: codes, scales, unquantized weights, buffers; headers are left out, and so are
 copies, which torch ties. `largest_decoded` is the largest quantized matrix in 16 bit: libraries without a fused kernel
-decode one weight at a time. The runtimes of `AS_STORED` compute on codes and load copies like the rest. Not in it: KV cache, activations, the context of the device, what the allocator loses, copies made while loading.
+decode one weight at a time. The runtimes of `AS_STORED` compute on codes and load copies like the rest. Not in it: KV
+cache, activations, the context of the device, what the allocator loses, copies made while loading.
 
 GPU memory is the total that `nvidia-smi` prints, which is less than what is on the box.
 """
