@@ -15,6 +15,7 @@ from pytest_quantcheck.report import durations
 from pytest_quantcheck.report.terminal import open_console
 
 INDENT = " " * 34
+RUNS = 3
 
 WHAT: dict[Kind, str] = {
     "codes": "codes",
@@ -150,10 +151,18 @@ def _tree_lines(root: Node) -> Iterator[Line]:
 
 def _branch_lines(node: Node, whole: int, level: int) -> Iterator[Line]:
     for child in node.children:
-        count = f" x {child.number:,}" if child.number > 1 and " to " not in child.name else ""
-        name = printable(f"{'  ' * level}{child.name}{count}")
+        name = printable(f"{'  ' * level}{_name(child)}")
         yield f"{child.bytes / whole:6.1%}  {columns(child.bytes)}  {name}", "" if child.children else "dim"
         yield from _branch_lines(child, whole, level + 1)
+
+
+def _name(node: Node) -> str:
+    """Its name and how many it stands for, where the name does not say it; of many runs of layers the first few."""
+    runs = node.name.split(", ") if node.level == "layers" else [node.name]
+    if node.number == 1 or (len(runs) == 1 and " to " in node.name):
+        return node.name
+    more = " ..." if len(runs) > RUNS else ""
+    return f"{', '.join(runs[:RUNS])}{more} x {node.number:,}"
 
 
 def _class_lines(difference: Difference) -> Iterator[Line]:
