@@ -22,16 +22,8 @@ from tests.cases import all_cases
 from tests.encoders import gaussian
 from tests.test_mutations import first_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS = 96, 160
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tensor_of(subject) -> LogicalTensor:
