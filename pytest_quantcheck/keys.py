@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,8 +27,8 @@ from pytest_quantcheck.quantities import format_sizes, parse_count, parse_size
 from pytest_quantcheck.tensor import BYTE_CLASSES
 
 SAVINGS = 3
-# What a checkpoint, a device or a missing library can do to one check; the others are made all the same.
-COULD_NOT_CHECK = (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError)
+# What a checkpoint, a device or a missing library can do to one check. Anything else is a bug, and its place is said.
+FORESEEN = (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,8 @@ class Opened:
         """Why the artifact cannot be read, in one line."""
         try:
             self.artifact  # noqa: B018
-        except COULD_NOT_CHECK as error:
-            return first_line(error)
+        except Exception as error:  # the other artifacts are checked all the same
+            return said(error)
         return None
 
     @cached_property
@@ -96,9 +97,13 @@ class Check(NamedTuple):
     about: str
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error says in its first line: torch goes on for many."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def said(error: Exception) -> str:
+    """Return what an error says in its first line, torch goes on for many; a bug also says what and where it is."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, FORESEEN):
+        return line
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {line} (a bug, in {os.path.basename(last.filename)}:{last.lineno})"
 
 
 def closest(what: str, name: str, known: Collection[str]) -> str:
