@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import pytest_quantcheck
 from pytest_quantcheck import lock
@@ -166,6 +167,33 @@ def test_the_lock_is_sorted_versioned_and_has_a_line_for_each_tensor(model):
         assert sum(line.startswith(f'    "{name}": {{') for line in text.splitlines()) == 1
     before = outline(inspect(model / "model"))
     assert lock.read(str(model / "quantcheck.lock"))["model"].outline == before._replace(source="the baseline")
+
+
+def test_totals_of_a_record_are_sums_and_nothing_that_two_branches_would_both_write(tmp_path):
+    subjects = [small(tmp_path / "model"), tmp_path / "shared.bin"]
+    tensor = torch.zeros(7, 4)
+    torch.save({"a": tensor, "b": tensor[:3], "c": tensor.clone()}, subjects[1])
+    for subject in subjects:
+        opened = inspect(subject)
+        record = Record("test", "0", outline(opened))
+        kept = json.loads(lock.render({"model": record}))["artifacts"]["model"]
+        assert set(kept) == {"by", "version", "container", "outside_tensors", "tensors"}
+        found = record.outline
+        assert (found.file_bytes, found.logical_params) == (opened.file_bytes, opened.logical_params)
+        assert found.classes == {kind: size for kind, size in opened.bytes.items() if size}
+
+
+def test_branches_that_change_two_tensors_of_one_artifact_merge(tmp_path):
+    base = {f"layers.{number}.weight": layouts.Entry(f"layers.{number}.weight", "BF16", (3, 5)) for number in range(9)}
+    texts = {}
+    for name, changed in (("base", ()), ("mine", (1,)), ("theirs", (7,)), ("both", (1, 7))):
+        wider = {f"layers.{at}.weight": layouts.Entry(f"layers.{at}.weight", "BF16", (4, 5)) for at in changed}
+        layouts.write_file(tmp_path / f"{name}.safetensors", [*(base | wider).values()])
+        texts[name] = lock.render({"model": Record("test", "0", outline(inspect(tmp_path / f"{name}.safetensors")))})
+        (tmp_path / name).write_text(texts[name])
+    command = ["git", "merge-file", "-p", "mine", "base", "theirs"]
+    merged = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (merged.returncode, merged.stdout) == (0, texts["both"])
 
 
 def test_branches_that_change_two_artifacts_merge(tmp_path):

@@ -16,7 +16,7 @@ import math
 from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.tensor import LogicalTensor
+from pytest_quantcheck.tensor import DEAD, LogicalTensor
 
 LINKS = (  # Mbit/s
     25,
@@ -77,7 +77,7 @@ class Cost(NamedTuple):
 
 def felt(artifact: Artifact) -> Cost:
     """Return what an artifact costs whoever downloads and loads it."""
-    loaded = [tensor for tensor in artifact.tensors if tensor.role not in ("tied", "shadow")]
+    loaded = [tensor for tensor in artifact.tensors if tensor.role not in DEAD]
     weights = sum(tensor.nbytes for tensor in loaded)
     decoded = max((_decoded(tensor) for tensor in loaded if tensor.quantized), default=0)
     megabits = () if artifact.container == "live" else LINKS
