@@ -339,6 +339,29 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_file(tmp_path):
     assert seen <= {OLD, NEW}
 
 
+def test_what_a_killed_writer_left_is_taken_out_by_a_later_one_of_the_same_file(tmp_path):
+    path, other = tmp_path / "quantcheck.lock", tmp_path / "other.lock"
+    left = {}
+    for target in (path, other):
+        for age in (60, 7200):
+            process = subprocess.run(
+                [sys.executable, "-c", KILLED, str(target)], cwd=tmp_path, capture_output=True, check=False
+            )
+            assert process.returncode == -signal.SIGKILL
+            (temporary,) = {*tmp_path.iterdir()} - {*left.values()}
+            os.utime(temporary, (time.time() - age,) * 2)
+            left[target, age] = temporary
+    write_text(path, NEW)
+    assert {*tmp_path.iterdir()} == {path, left[path, 60], left[other, 7200], left[other, 60]}
+
+
+KILLED = """
+import os, signal, sys
+from quantcheck_lint.writing import write_whole
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(sys.argv[1], b"new")
+"""
+
 FULL = """
 import resource, signal, sys
 from pytest_quantcheck.cli import main
