@@ -254,6 +254,48 @@ def test_the_assertion_fails_updates_and_passes(pytester, monkeypatch):
     assert lock.UPDATE not in os.environ
 
 
+TWO_TESTS = """
+    import pytest
+    from pytest_quantcheck import assert_matches_baseline
+
+    @pytest.mark.parametrize("name", {names})
+    def test_release(name):
+        assert_matches_baseline("model", name)
+
+    def test_other():
+        {other}
+"""
+
+FULL_RUNS = {
+    "all-tests": ([], "pass", True),
+    "all-tests-of-two-workers": (["-n", "2"], "pass", True),
+    "some-were-skipped": ([], "pytest.skip()", True),
+    "one-failed": ([], "assert 0", False),
+    "some-by-name": (["-k", "release"], "pass", False),
+    "some-by-name-of-two-workers": (["-k", "release", "-n", "2"], "pass", False),
+    "some-by-path": (["test_it.py"], "pass", False),
+    "none-run": (["--collect-only"], "pass", False),
+}
+
+
+@pytest.mark.parametrize("case", FULL_RUNS)
+def test_a_record_that_no_test_asks_for_is_named_after_a_run_of_all_tests(pytester, monkeypatch, case):
+    arguments, other, named = FULL_RUNS[case]
+    monkeypatch.delenv("CI", raising=False)
+    found = outline(inspect(small(pytester.path / "model")))
+    records = {name: Record("test", "0", found) for name in ("kept", "left\x1b[1m")}
+    lock.store("quantcheck.lock", {**records, "of-a-file": Record("quantcheck.toml", "0", found)})
+    pytester.makepyfile(test_it=TWO_TESTS.format(names=["kept"], other=other))
+    out = pytester.runpytest(*arguments).stdout.str()
+    line = r"quantcheck.lock has a record of `left\x1b[1m`, and no test asked for it"
+    assert ("= quantcheck: baselines =" in out, line in out, "of `kept`" in out) == (named, named, False)
+    if not arguments and named:
+        again = pytester.runpytest("--quantcheck-update")
+        assert ("is taken out of quantcheck.lock" in again.stdout.str()) == (other == "pass")
+        assert len(lock.read("quantcheck.lock")) == (2 if other == "pass" else 3)
+    assert "QUANTCHECK_USES" not in os.environ or os.path.exists(os.environ["QUANTCHECK_USES"])
+
+
 def record_each(path: str, found, names) -> None:
     for name in names:
         lock.update(path, name, Record("test", "0", found))
