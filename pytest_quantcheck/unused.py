@@ -45,7 +45,10 @@ class Unused:
         """Find the records that no test asked for, and take them out where baselines are recorded anew."""
         noted = uses.read(self.path)
         if exitstatus == pytest.ExitCode.OK and noted.complete:
-            self.lines = [line for path, names in noted.names.items() for line in self._unused(path, names)]
+            try:
+                self.lines = [line for path, names in noted.names.items() for line in self._unused(path, names)]
+            except (ValueError, OSError) as error:
+                self.lines = [f"quantcheck: error: {error}"]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Name them, nothing where there are none."""

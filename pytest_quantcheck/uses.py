@@ -1,6 +1,7 @@
 """Which records of a lock the tests of a run ask for, noted in a file that the environment names.
 
-["/repo/quantcheck.lock", "release"]      one line each, from whatever process; null as the name: a test was deselected
+One JSON list a line, from whatever process: the path of the lock and the name of the record. A name of null says that
+a test was deselected, so that not all could ask.
 """
 
 from __future__ import annotations
