@@ -365,7 +365,7 @@ ELSEWHERE = {
 
 
 def _advised(opened: Opened, verdict: Verdict) -> Verdict:
-    """Add to a failure how it was measured, what grew since the baseline, and what could be saved."""
+    """Add to a failure what grew since the baseline, what could be saved, and how it was measured."""
     if verdict.passed:
         return verdict
     kind = "all files of the folder" if os.path.isdir(opened.path) else "the file"
@@ -373,7 +373,7 @@ def _advised(opened: Opened, verdict: Verdict) -> Verdict:
     reasons = sorted(explain(opened.artifact).reasons, key=lambda reason: -reason.could_save)[:SAVINGS]
     lines = [f"  up to {format_sizes(r.could_save)}  {_whose(r)}: {r.savings[0].how}" for r in reasons if r.savings]
     could = ["could be saved (quantcheck why has the rest):", *lines] if lines else []
-    return verdict._replace(details=(f"measured: {kind}", *grown, *could, *verdict.details))
+    return verdict._replace(details=(*grown, *could, f"measured: {kind}", *verdict.details))
 
 
 def _whose(reason: Reason) -> str:

@@ -16,7 +16,7 @@ from pytest_quantcheck.quantities import counted, format_binary_size, format_cou
 from pytest_quantcheck.report import durations, sizes
 from pytest_quantcheck.report.run import Run
 from pytest_quantcheck.report.shown import shown
-from pytest_quantcheck.report.verdicts import failures, headline, not_passed, status
+from pytest_quantcheck.report.verdicts import failures, headline, not_passed, own_details, said_once, status
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,6 +42,8 @@ def render(run: Run) -> str:
         failures=failures,
         headline=headline,
         not_passed=not_passed,
+        own_details=own_details,
+        said_once=said_once,
         status=status,
         grids=grids,
         views=views,
