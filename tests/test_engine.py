@@ -323,15 +323,20 @@ def test_progress_counts_all_values(many):
 
 # Memory.
 
+# VmHWM is of this program alone; ru_maxrss keeps what the process had before it became this program.
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from pytest_quantcheck import inspect
 from pytest_quantcheck.checks import engine, fidelity
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
+
 torch.ones(4).sum()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 rows = fidelity.compare(*map(inspect, sys.argv[1:]), workers=2).tensors
 assert len(rows) == 1, rows
-print(rows[0].sums.values, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(rows[0].sums.values, peak() - before)
 """
 STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16"}
 
@@ -373,6 +378,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a program is read from /proc")
 @pytest.mark.parametrize(("name", "shape", "kind"), [row[1:] for row in LARGE], ids=[row[0] for row in LARGE])
 def test_memory_is_bounded_whatever_the_size(tmp_path, name, shape, kind):
     reference = sparse(tmp_path / "reference.safetensors", {name: ("F32", shape)})
@@ -384,7 +390,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path, name, shape, kind):
     assert not done.returncode, done.stderr
     values, megabytes = done.stdout.split()
     assert int(values) == 1 << 26
-    assert float(megabytes) < 256
+    assert 8 < float(megabytes) < 256  # at least a window of each side
 
 
 def test_cuts_cover_every_row(tmp_path):

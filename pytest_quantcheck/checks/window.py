@@ -39,51 +39,44 @@ def measure(
     """Return the sums of each row and the extremes of a window whose first row is `first`; a block starts there too."""
     import torch
 
-    width = block if block and decoded.shape[1] % block == 0 else min(SHORT, decoded.shape[1])
-    long = next((length for length in LONG if decoded.shape[1] % length == 0), width)
-    error = decoded - reference
-    scratch = torch.empty_like(error)
-    parts = [
-        _short_sums(torch.mul(reference, reference, out=scratch), width),
-        _short_sums(torch.mul(error, error, out=scratch), width),
-        _short_sums(torch.mul(reference, error, out=scratch), long),
-        _short_sums(reference, long),
-        _short_sums(error, long),
-    ]
-    deviation = None if rounded is None else rounded - reference
-    if deviation is not None:
-        parts.append(_short_sums(torch.mul(deviation, deviation, out=scratch), width))
-    sums = torch.stack([part.sum(dim=1, dtype=torch.float64) for part in parts])
+    columns = decoded.shape[1]
+    width = block if block and columns % block == 0 else min(SHORT, columns)
+    long = next((length for length in LONG if columns % length == 0), width)
+    scratch = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
+    energies = [_energy(torch.mul(reference, reference, out=scratch), width, block)]
+    energies.append(_energy(_squared_error(decoded, reference, scratch), width, block))
+    max_error = float(scratch.amax().sqrt())  # the root of a square is the number again
+    if rounded is not None:
+        energies.append(_energy(_squared_error(rounded, reference, scratch), width, block))
+    product = _short_sums(torch.mul(reference, decoded, out=scratch), width)
+    totals = [_short_sums(values, long) for values in (decoded, reference)]
+    signal, noise, *rounding = (_over_rows(short) for short, _ in energies)
+    ours, theirs = map(_over_rows, totals)
+    sums = torch.stack((signal, noise, _over_rows(product) - signal, theirs, ours - theirs, *rounding))
     non_finite = [0, 0]
     if not bool(torch.isfinite(sums).all()):
         non_finite = [int((~torch.isfinite(values)).sum()) for values in (decoded, reference)]
-        if not any(non_finite) and error.dtype == torch.float32:  # the squares are too large for it, the values are not
-            rounded = None if deviation is None else deviation.double() + reference.double()
-            return measure(decoded.double(), reference.double(), rounded, block=block, first=first)
-    if width == block:
-        blocks = [parts[0], parts[1], parts[-1]]
-    else:
-        blocks = [
-            _block_energy(values, block or SHORT) for values in (reference, error, deviation) if values is not None
-        ]
-    extremes = _places(sums, blocks, first, rounds=deviation is not None)._replace(
-        max_error=_magnitude(error),
+        if not any(non_finite) and decoded.dtype == torch.float32:  # their squares are too large for it
+            twice = None if rounded is None else rounded.double()
+            return measure(decoded.double(), reference.double(), twice, block=block, first=first)
+    extremes = _places(sums, [blocks for _, blocks in energies], first)._replace(
+        max_error=max_error,
         zeros=_zeros(decoded, scratch),
         reference_zeros=_zeros(reference, scratch),
         non_finite=non_finite[0],
         reference_non_finite=non_finite[1],
     )
-    if deviation is None:
+    if not rounding:
         sums = torch.cat((sums, torch.zeros_like(sums[:1])))
-    return Rows(sums, decoded.shape[1], extremes)
+    return Rows(sums, columns, extremes)
 
 
-def _places(sums: torch.Tensor, blocks: list[torch.Tensor], first: int, *, rounds: bool) -> Extremes:
+def _places(sums: torch.Tensor, blocks: list[torch.Tensor], first: int) -> Extremes:
     """The worst row and the worst block, and the worst of those that rounding to nearest does better."""
     rows, block = _ratio(sums[0], sums[1]), _ratio(blocks[0], blocks[1])
     row = int(rows.argmin())
     seen = Extremes(min_block=float(block.amin()), min_row=float(rows[row]), row=first + row)
-    if not rounds:
+    if len(blocks) < 3:
         return seen
     lost = rows.where(sums[5] * LOST < sums[1], math.inf)
     lost_block = block.where(blocks[2] * LOST < blocks[1], math.inf)
@@ -97,6 +90,27 @@ def in_steps(error: torch.Tensor, steps: torch.Tensor) -> tuple[float, int]:
 
     distance = (error / steps).abs_().nan_to_num_(nan=0.0)  # no error over no step is none
     return float(distance.amax()), int(torch.count_nonzero(distance > HALF_STEP))
+
+
+def _squared_error(values: torch.Tensor, reference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The squares of the errors, in one pass."""
+    import torch
+
+    return torch.ops.aten.mse_loss.out(values, reference, 0, out=out)  # type: ignore[no-any-return]  # 0: no reduction
+
+
+def _energy(squares: torch.Tensor, width: int, block: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of squares of `width` values each, and those of the blocks, which may run on across rows."""
+    short = _short_sums(squares, width)
+    if width == block:
+        return short, short
+    return short, _short_sums(squares.view(1, -1), min(block or SHORT, squares.numel()))
+
+
+def _over_rows(short: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return short.sum(dim=1, dtype=torch.float64)
 
 
 def _short_sums(values: torch.Tensor, width: int) -> torch.Tensor:
@@ -114,25 +128,9 @@ def _short_sums(values: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat((sums, values[:, whole:].sum(dim=1, keepdim=True)), dim=1)
 
 
-def _block_energy(values: torch.Tensor, block: int) -> torch.Tensor:
-    """The sum of squares of each block where blocks run on across rows; the last may be shorter."""
-    import torch
-
-    flat = values.reshape(-1)
-    whole = len(flat) // block * block
-    energy = flat[:whole].square().view(-1, block).sum(dim=1)
-    return energy if whole == len(flat) else torch.cat((energy, flat[whole:].square().sum(dim=0, keepdim=True)))
-
-
 def _ratio(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Signal over noise, infinite where there is no noise or no number."""
     return (signal / noise).nan_to_num_(nan=math.inf, posinf=math.inf)
-
-
-def _magnitude(values: torch.Tensor) -> float:
-    """The largest magnitude, NaN where there is one."""
-    high, low = float(values.amax()), float(values.amin())
-    return math.nan if math.isnan(high) else max(high, -low)
 
 
 def _zeros(values: torch.Tensor, scratch: torch.Tensor) -> int:

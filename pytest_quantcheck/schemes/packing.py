@@ -68,8 +68,8 @@ def nibble_pairs(table: torch.Tensor, *, high_first: bool) -> torch.Tensor:
     """
     import torch
 
-    low, high = table.repeat(16), table.repeat_interleave(16)
-    return torch.stack((high, low) if high_first else (low, high), dim=1)
+    low, high = table.expand(16, 16), table.view(16, 1).expand(16, 16)
+    return torch.stack((high, low) if high_first else (low, high), dim=2).view(256, 2)
 
 
 def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

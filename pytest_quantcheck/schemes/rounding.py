@@ -290,7 +290,7 @@ def _codebook(
 ) -> torch.Tensor:
     top = max(map(abs, levels))
     chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
-    return nearest_level(blocks.mul(_inverse(chosen)), levels).mul_(kept)
+    return nearest_level(blocks, levels, _inverse(chosen)).mul_(kept)
 
 
 def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, scale: ScaleKind) -> torch.Tensor:
@@ -303,17 +303,23 @@ def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, sca
     return codes.to(torch.float32).mul_(kept)
 
 
-def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
-    """Return the nearest of `levels` for each value, found in a table over their range; NaN takes the middle.
+def nearest_level(values: torch.Tensor, levels: tuple[float, ...], inverse: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the nearest of `levels` for each value, found in a table over their range; NaN takes the first.
 
-    values  # (...) float32, overwritten
-    ->      # (...) float32
+    The values are multiplied by the inverse scale of their block first, where there is one.
+
+    values   # (blocks, size) float32
+    inverse  # (blocks, 1) float32
+    ->       # (blocks, size) float32
     """
-    top = max(map(abs, levels))
     half = ENTRIES // 2 - 1
-    at = values.mul_(half / top).clamp_(-half, half).nan_to_num_().round_().add_(half)
+    density = half / max(map(abs, levels))
+    step = values.new_full((1, 1), density) if inverse is None else inverse * density
+    entries = values.mul(step).add_(half + 0.5).clamp_(0, 2 * half)
+    if bool(entries.sum().isnan()):
+        entries.nan_to_num_()
     table = _level_table(levels).to(values.device)
-    return table.index_select(0, at.reshape(-1).int()).view(values.shape)
+    return table.index_select(0, entries.view(-1).int()).view(values.shape)
 
 
 @lru_cache
