@@ -63,7 +63,7 @@ def read(path: str) -> dict[str, Record]:
         raise error.at(file=path) from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise FormatError(
-            "is not a lock of quantcheck (record it anew, or take it from version control)", file=path
+            "is not a lock of quantcheck (take it from version control, or delete it and record anew)", file=path
         ) from None
 
 
