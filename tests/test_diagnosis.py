@@ -132,8 +132,8 @@ def from_nf4(weight: torch.Tensor) -> torch.Tensor:
 NAMED = [
     ("nibbles-swapped", nf4(swap_nibbles), r"the two nibbles of each byte swapped: 20\.\d dB \(stored: -3\.\d dB\)"),
     ("nibbles-swapped", awq, "in `qzeros` too"),
-    ("gain", nf4(scale(1.05)), r"every value divided by 1\.05\d: 20\.\d dB \(stored: 19\.\d dB\)"),
-    ("gain", nf4(scale(1.5)), r"every value divided by 1\.50"),
+    ("gain", nf4(scale(1.05)), r"every value divided by 1\.05: 20\.\d dB \(stored: 19\.\d dB\)"),
+    ("gain", nf4(scale(1.5)), r"every value divided by 1\.5: "),
     ("scales-shifted", nf4(shift), "`absmax` taken from the next block"),
     ("damaged-blocks", nf4(kill_a_block), r"1 of 240 blocks left out \(row 6, column 128\)"),
     ("damaged-blocks", nf4(poison_a_block), r"1 of 240 blocks left out \(row 6, column 128\)"),
