@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.tensor import LogicalTensor
+from pytest_quantcheck.tensor import DEAD, LogicalTensor
 
 AS_STORED = frozenset({"gguf", "onnx", "tflite"})
 LINKS = (  # Mbit/s
@@ -80,7 +80,7 @@ class Cost(NamedTuple):
 def felt(artifact: Artifact) -> Cost:
     """Return what an artifact costs whoever downloads and loads it."""
     as_stored = artifact.container in AS_STORED
-    loaded = [tensor for tensor in artifact.tensors if as_stored or tensor.role not in ("tied", "shadow")]
+    loaded = [tensor for tensor in artifact.tensors if as_stored or tensor.role not in DEAD]
     weights = sum(tensor.nbytes for tensor in loaded)
     decoded = 0 if as_stored else max((_decoded(tensor) for tensor in loaded if tensor.quantized), default=0)
     megabits = () if artifact.container == "live" else LINKS
