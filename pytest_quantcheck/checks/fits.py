@@ -76,7 +76,8 @@ def gains(sample: Sample) -> Iterator[Attempt]:
     import torch
 
     windows = sample.windows
-    total = _ratio(windows)
+    usual = _ratio(sample.rounded) if sample.rounded else 1.0  # a few levels are best scaled down, sound or not
+    total = _ratio(windows) / (usual or 1.0)
     if total and sample.tensor.params >= SHARED:
         yield Attempt(
             "gain",

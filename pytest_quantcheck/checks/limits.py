@@ -2,8 +2,8 @@
 
 SQNR      `auto`: what rounding the reference to nearest would keep, less the margin of the encoding; its floor
           where it is not known how the encoding rounds
-gain      4 %, or the noise of a format of few levels, of the tensor and of each shard
-bias      5 % of a standard deviation, of the tensor and of each shard
+gain      4 % off what rounding to nearest has, of the tensor and of each shard; off 1 where that is not known
+bias      5 % of a standard deviation off none, or off what rounding to nearest has, likewise
 block     3 dB for the worst block, where healthy ones are far above
 row       3 dB for the worst row, likewise
 plain     equal to the reference in the stored dtype, to the bit
@@ -19,12 +19,15 @@ from typing import Literal, NamedTuple
 from pytest_quantcheck.checks.coverage import matches
 from pytest_quantcheck.checks.metrics import Fidelity, Sums, ratio_db
 from pytest_quantcheck.finding import Finding
+from pytest_quantcheck.schemes.rounding import COMPENSATED_DB
 from pytest_quantcheck.tensor import LogicalTensor
 
 # A healthy 4-bit format shrinks by 0.5 %; all scales off by 5 % come out at 4.5 %. A format of few levels shrinks by
-# its own noise, and that much more is allowed of it.
+# its own noise, as rounding to nearest does; where that is not known, or errors are compensated, that much is allowed.
 GAIN = 0.04
 BIAS = 0.05
+# What arithmetic in float32 and scales in 16 bits leave of values that codes meet exactly.
+EXACT_DB = 60.0
 # A dead block is at 0 dB, one of eight corrupted codes at 2.7, the worst healthy one of NF4 at 12 and more. Formats
 # that are hardly better as a whole have healthy blocks below that.
 MIN_BLOCK_DB = 3.0
@@ -60,7 +63,10 @@ class Limits(NamedTuple):
 def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
     """Return the row with what was expected and every limit that is broken."""
     expected, why = _expected(row, tensor, limits)
-    faults = [*_not_finite(row), *_changed(row, tensor, limits)]
+    faults = [*_not_finite(row)]
+    if faults:  # no sum says anything beside them
+        return row._replace(expected_sqnr_db=expected, faults=tuple(faults))
+    faults += _changed(row, tensor, limits)
     if expected is None:
         faults.append(f"no SQNR is known to expect of {row.scheme}: give min_sqnr_db")
     elif not row.sqnr_db >= expected:
@@ -135,10 +141,11 @@ def _expected(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> tuple[flo
     if given != "auto":
         return given, block
     rounding = row.rounding_sqnr_db
-    if tensor.rounding is not None and rounding is not None and math.isfinite(rounding):
-        margin = tensor.rounding.margin_db
-        return rounding - margin, f"{block}: rounding to nearest keeps {rounding:.1f} dB, less {margin:g}"
-    return tensor.floor_db, block
+    if tensor.rounding is None or rounding is None or math.isnan(rounding) or rounding == -math.inf:
+        return tensor.floor_db, block
+    margin, exact = tensor.rounding.margin_db, max(EXACT_DB, tensor.floor_db or 0.0)
+    keeps = f"{rounding:.1f} dB" if rounding < exact else "everything" if rounding == math.inf else f"over {exact:g} dB"
+    return min(rounding, exact) - margin, f"{block}: rounding to nearest keeps {keeps}, less {margin:g}"
 
 
 def _given(name: str, limits: Limits) -> Decibels:
@@ -161,10 +168,13 @@ def _changed(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[s
 
 def _scales(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[str]:
     """Gain and bias, of the whole and of its shards."""
-    allowed = _allowed_gain(tensor) if limits.gain == "auto" else limits.gain
-    for name, sums in _wrong(row, lambda sums: abs(sums.gain - 1) <= allowed):
-        yield f"gain {sums.gain:.3f}{name} is off 1 by more than {allowed:.2g}: scales are wrong"
-    for name, sums in _wrong(row, lambda sums: abs(sums.bias) <= limits.bias):
+    allowed = _allowed_gain(row, tensor) if limits.gain == "auto" else limits.gain
+    for name, sums in _wrong(row, lambda sums: _gain(sums, limits) <= allowed):
+        meant = _meant_gain(sums, limits)
+        near = abs(meant - 1) < GAIN / 4
+        of, share = ("1", "") if near else (f"the {meant:.3f} of rounding to nearest", " of it")
+        yield f"gain {sums.gain:.3f}{name} is off {of} by more than {allowed:.2g}{share}: scales are wrong"
+    for name, sums in _wrong(row, lambda sums: _bias(sums) <= limits.bias):
         yield f"bias {sums.bias:+.3f} sigma{name} is over {limits.bias:g}: zero points are wrong"
 
 
@@ -192,6 +202,24 @@ def _places(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Iterator[st
         yield f"row {seen.lost_at:,} has {lost:.1f} dB, under {usual:.1f} dB: a row is dead or corrupt"
 
 
-def _allowed_gain(tensor: LogicalTensor) -> float:
+def _gain(sums: Sums, limits: Limits) -> float:
+    """How far the gain is from what it is meant to be, as a share of that; of nothing, nothing is meant to be left."""
+    meant = _meant_gain(sums, limits)
+    return abs(sums.gain - meant) / abs(meant) if meant else abs(sums.gain)
+
+
+def _meant_gain(sums: Sums, limits: Limits) -> float:
+    """The gain of rounding to nearest, 1 where that is not known; 1 where a limit was given."""
+    return sums.rounding_gain if limits.gain == "auto" and math.isfinite(sums.rounding_gain) else 1.0
+
+
+def _bias(sums: Sums) -> float:
+    """How far the bias is from none, or from that of rounding to nearest."""
+    return min(abs(sums.bias), abs(sums.bias - sums.rounding_bias))
+
+
+def _allowed_gain(row: Fidelity, tensor: LogicalTensor) -> float:
     """Levels at the means of what they stand for shrink the whole by the share of the noise."""
-    return max(GAIN, 1.5 * 10 ** (-tensor.floor_db / 10)) if tensor.floor_db else GAIN
+    if tensor.floor_db is None or (row.rounds and tensor.rounding and tensor.rounding.margin_db < COMPENSATED_DB):
+        return GAIN
+    return max(GAIN, 1.5 * 10 ** (-tensor.floor_db / 10))

@@ -85,12 +85,17 @@ class Sample:
         return sqnr_db((window.decoded, window.reference) for window in self.windows)
 
     @cached_property
-    def rounding_db(self) -> float | None:
-        """The SQNR of the windows rounded to nearest in this encoding; None where that is not known for a part."""
+    def rounded(self) -> tuple[Window, ...]:
+        """The windows, decoded from the reference rounded to nearest; none where that is not known for a part."""
         rounding = self.tensor.rounding
         if rounding is None or rounding.whole:
-            return None
-        return sqnr_db((rounding.nearest(self.tensor, one.reference, None), one.reference) for one in self.windows)
+            return ()
+        return tuple(one._replace(decoded=rounding.nearest(self.tensor, one.reference, None)) for one in self.windows)
+
+    @cached_property
+    def rounding_db(self) -> float | None:
+        """The SQNR of the windows rounded to nearest in this encoding; None where that is not known for a part."""
+        return sqnr_db((one.decoded, one.reference) for one in self.rounded) if self.rounded else None
 
     def window(self, start: int, stop: int) -> Window:
         """Decode some rows of both sides."""

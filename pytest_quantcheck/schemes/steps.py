@@ -152,7 +152,7 @@ def _floats(tensor: LogicalTensor, start: int, stop: int, device: str, *, dtype:
     scale = filled(tensor, one).decode(start, stop, device)
     level = (tensor.decode(start, stop, device) / scale).abs_()
     exponent = torch.frexp(level).exponent - 1
-    step = torch.ldexp(torch.tensor(kind.eps, device=device), exponent).clamp_(min=kind.tiny * kind.eps)
+    step = torch.ldexp(torch.full_like(level, kind.eps), exponent).clamp_(min=kind.tiny * kind.eps)
     if clips:
         step.masked_fill_(level >= kind.max, float("inf"))
     return _scaled(step.add_(SLACK * level.add_(step)), scale, clips=clips)
