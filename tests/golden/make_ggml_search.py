@@ -1,4 +1,4 @@
-"""Write ggml_search.safetensors and ggml_codebook.safetensors: what ggml's own C code makes of one small weight, for the types that it searches.
+"""Write ggml_search.safetensors and ggml_codebook.safetensors: a small weight by ggml's own C code, where it searches.
 
     python -m tests.golden.make_ggml_search PATH/TO/ggml   (a checkout; the one in ggml-python 0.0.45 was used)
 
