@@ -9,6 +9,7 @@ import torch
 from pytest_quantcheck import inspect
 from pytest_quantcheck.checks.fidelity import sqnr_db
 from tests import gguf_files
+from tests.golden import file as golden
 
 SHAPE = (256, 1024)
 
@@ -72,6 +73,20 @@ def test_a_floor_is_just_below_what_the_worst_weights_keep(tmp_path, write):
         kept[name] = sqnr_db(float(reference.double().square().sum()), noise)
     worst = min(kept.values())
     assert worst - 3 < tensor.floor_db < worst - 0.5, kept
+
+
+CODEBOOKS = golden.read("ggml_codebook")
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_the_floor_of_a_codebook_is_below_what_ggml_keeps_under_a_steep_importance_matrix(kind):
+    from pytest_quantcheck.schemes import ggml_codebook
+
+    case = CODEBOOKS[kind]
+    reference = case.tensors["reference"].double()
+    noise = (case.values.double() - reference).square().sum()
+    kept = sqnr_db(float(reference.square().sum()), float(noise))
+    assert kept - 4 < ggml_codebook.TYPES[kind].floor_db < kept - 0.5
 
 
 def test_every_type_of_ggml_that_has_scales_has_a_floor(tmp_path):

@@ -22,8 +22,8 @@ from pytest_quantcheck.quantities import parse_size
 from pytest_quantcheck.recipes.recipe import Unquantized, Written, alike
 from pytest_quantcheck.tensor import COUNTED, ByteClass, Container, LogicalTensor, StoredTensor
 
-# What people have: memory of accelerators is sold in GB and is GiB.
-BUDGETS = ("8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB", "80 GiB")
+# What people have, the last a machine of eight: memory of accelerators is sold in GB and is GiB.
+BUDGETS = ("8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB", "80 GiB", "640 GiB")
 
 
 class Kept(NamedTuple):

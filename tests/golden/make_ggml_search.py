@@ -1,4 +1,4 @@
-"""Write ggml_search.safetensors: what ggml's own C code makes of one small weight, for the types that it searches.
+"""Write ggml_search.safetensors and ggml_codebook.safetensors: a small weight by ggml's own C code, where it searches.
 
     python -m tests.golden.make_ggml_search PATH/TO/ggml   (a checkout; the one in ggml-python 0.0.45 was used)
 
@@ -35,6 +35,13 @@ float ggml_table_f32_e8m0_half[1 << 8];
 """
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SHAPE = (4, 512)
+# Types whose tables are made first, and what that is asked for; those of IQ1 and IQ2 need an importance matrix.
+CODEBOOKS = {
+    **{kind: ("iq2xs_init_impl", gguf.GGMLQuantizationType[kind].value)
+       for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")},
+    "IQ3_XXS": ("iq3xs_init_impl", 256),
+    "IQ3_S": ("iq3xs_init_impl", 512),
+}  # fmt: skip
 
 
 def main(ggml: Path) -> None:
@@ -46,6 +53,12 @@ def main(ggml: Path) -> None:
         for kind in TYPES:
             for name, matrix in ((kind, None), (f"{kind}-imatrix", importance)):
                 cases[name] = _case(library, kind, values, matrix)
+        codebooks = {}
+        for kind, (make_tables, which) in CODEBOOKS.items():
+            getattr(library, make_tables)(which)
+            case = _case(library, kind, values, importance)
+            codebooks[kind] = case._replace(tensors=case.tensors | {"reference": values.clone()})
+    file.write("ggml_codebook", "ggml of ggml-python 0.0.45", codebooks)
     file.write("ggml_search", "ggml of ggml-python 0.0.45", cases)
 
 
