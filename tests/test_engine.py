@@ -243,7 +243,8 @@ def test_floors_can_be_given_by_name_pattern(tmp_path):
 
 
 def test_a_dead_row_is_seen_without_blocks():
-    sums = Sums(values=64 * 64, signal=1.0, noise=1e-4, rounding=1e-4)
+    sums = Sums(values=64 * 64, signal=1.0, noise=1e-4)
+    sums = sums._replace(rounding=sums)
     row = Fidelity("w", "int8", (64, 64), sums, Extremes(lost_row=1.0, lost_at=17), rounds=True)
     tensor = LogicalTensor("w", (64, 64), "int8", "parameter", (), None, floor_db=28.0)
     judged = fidelity.judge(row, tensor, Limits())
@@ -256,6 +257,53 @@ def test_a_reference_of_zeros_shows_nothing(tmp_path):
     theirs = checkpoint(tmp_path / "reference.safetensors", {"weight": zeros})
     with pytest.raises(AssertionError, match="every quantized tensor was compared with zeros"):
         assert_dequant_fidelity(ours, theirs)
+
+
+# Sampling.
+
+
+@pytest.fixture
+def windows_of_rows(monkeypatch):
+    """Windows of 8 rows of 512, of which every fourth is rounded."""
+    monkeypatch.setattr(engine, "WINDOW", 8 * 512)
+
+
+def test_rounding_a_part_changes_nothing_else(tmp_path, windows_of_rows):
+    tensor, reference = pair_of(tmp_path, gaussian(128, 512))
+    (part,) = engine.measure_each([(tensor, reference)], sample=True)
+    whole = engine.measure(tensor, reference)
+    assert part.sampled
+    assert not whole.sampled
+    assert part.sums.rounding.values * 4 == whole.sums.rounding.values == whole.sums.values
+    assert part.rounding_sqnr_db == pytest.approx(whole.rounding_sqnr_db, abs=0.1)
+    assert part.sums._replace(rounding=None) == whole.sums._replace(rounding=None)
+    assert part.extremes == whole.extremes
+
+
+@pytest.mark.parametrize("window", [0, 1, 6, 15])
+def test_a_dead_block_is_seen_in_every_window(tmp_path, window, windows_of_rows):
+    """Also in those that would not be rounded: a weak place is looked at."""
+    values = gaussian(128, 512)
+    stored = stored_as_nf4("weight", values)
+    stored["weight.absmax"][window * 64 + 3] = 0
+    ours = checkpoint(tmp_path / "nf4.safetensors", stored)
+    theirs = checkpoint(tmp_path / "reference.safetensors", {"weight": values})
+    (row,) = fidelity.compare(ours, theirs).tensors
+    assert row.faults == ("worst block has 0.0 dB, under 3.0 dB: a block is dead or corrupt",)
+
+
+def test_windows_that_are_harder_than_the_sample_are_no_fault(tmp_path, windows_of_rows):
+    """The rows that are rounded are levels of the table, the others have outliers: all are rounded before it fails."""
+    values = gaussian(128, 512)
+    values[torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.01] *= 30
+    for start in range(0, 128, 32):
+        values[start : start + 8] = gaussian(8, 512).sign() * SIGMA * 8
+    tensor, reference = pair_of(tmp_path, values)
+    (part,) = engine.measure_each([(tensor, reference)], sample=True)
+    assert part.rounding_sqnr_db > part.sqnr_db + 3
+    comparison = fidelity.compare(inspect(tmp_path / "nf4.safetensors"), inspect(tmp_path / "reference.safetensors"))
+    assert comparison.passed, comparison.findings
+    assert not comparison.tensors[0].sampled
 
 
 # Spreading.

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from itertools import groupby
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.checks import views, window
-from pytest_quantcheck.checks.metrics import Extremes, Fidelity, Shard, Sums
+from pytest_quantcheck.checks.metrics import WEAK, Extremes, Fidelity, Shard, Sums
 from pytest_quantcheck.checks.shards import cuts, pieces
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES
@@ -36,6 +36,10 @@ STRIP = 1 << 22  # values of a turned reference that are read at once
 HELD = 1 << 22  # bytes of a part that every window looks into
 THREADS = 8
 
+# Rounding to nearest costs more than all that is measured. Of a tensor of many windows it is tried on one in four, and
+# on those with a weak place.
+SAMPLED, SAMPLED_FROM = 4, 8
+
 # Floats to which casting is exact to say: to nearest, ties to even.
 CASTS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -51,6 +55,7 @@ class Slab(NamedTuple):
     step: int
     device: str
     in_steps: bool
+    sampled: int  # every how manyth window is rounded to nearest
 
 
 class Measured(NamedTuple):
@@ -83,16 +88,19 @@ def measure_each(
     *,
     device: str = "cpu",
     in_steps: bool = False,
+    sample: bool = False,
     executor: Executor | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Fidelity]:
     """Yield the metrics of each pair, in order, as soon as they are there.
 
+    `sample` tries rounding to nearest on a part of large tensors; everything else is over all values anyway.
+
     Slabs go to `executor`, or to `workers` threads of this process (as many as torch would use, at most eight; one for
     a GPU). `progress` is told how many values have been compared since it was told last.
     """
-    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, device, in_steps)]
+    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, device, in_steps, sample)]
     batches = list(_batches(slabs))
     with _running(executor, workers, device) as submit:
         for at, parts in groupby(_told(submit(batches), progress), key=lambda part: part.pair):
@@ -153,15 +161,16 @@ def _told(parts: Iterator[Measured], progress: Callable[[int], None] | None) -> 
         yield part
 
 
-def _slabs(at: int, pair: Pair, device: str, in_steps: bool) -> Iterator[Slab]:
+def _slabs(at: int, pair: Pair, device: str, in_steps: bool, sample: bool = False) -> Iterator[Slab]:
     tensor, reference = _flat(*pair)
     step = _rows_per_window(tensor, GPU_WINDOW if device != "cpu" else WINDOW)
     in_steps = in_steps and tensor.rounding is not None and tensor.rounding.steps is not None
     rows = max(step, SLAB // max(1, tensor.columns) // step * step)
+    sampled = SAMPLED if sample and tensor.rows >= SAMPLED_FROM * step else 1
     if tensor.rounding is not None and tensor.rounding.whole:
         rows = max(1, tensor.rows)  # the largest magnitude of all is looked for once
     for start in range(0, max(1, tensor.rows), rows):
-        yield Slab(at, tensor, reference, start, min(start + rows, tensor.rows), step, device, in_steps)
+        yield Slab(at, tensor, reference, start, min(start + rows, tensor.rows), step, device, in_steps, sampled)
 
 
 def _batches(slabs: Iterable[Slab]) -> Iterator[list[Slab]]:
@@ -223,14 +232,28 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
     exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
     for start, decoded, wanted in _decoded(slab, tensor, reference):
         changed = _changed(tensor, decoded, wanted) if exact else 0
-        rounded = None if rounding is None else rounding.nearest(tensor, wanted, largest)
-        found = window.measure(decoded, wanted, rounded, block=tensor.block, first=start)
+        found = _rounded_against(slab, tensor, decoded, wanted, largest, start)
         extremes = found.extremes._replace(changed=changed)
         if slab.in_steps and rounding is not None and rounding.steps is not None:
             steps = rounding.steps(tensor, start, start + len(wanted), device)
             worst, beyond = window.in_steps(decoded - wanted, steps)
             extremes = extremes._replace(max_steps=worst, beyond=beyond)
         yield start, found._replace(extremes=extremes)
+
+
+def _rounded_against(
+    slab: Slab, tensor: LogicalTensor, decoded: torch.Tensor, wanted: torch.Tensor, largest: float | None, start: int
+) -> window.Rows:
+    """What a window has, with what rounding to nearest has where it is its turn or something looks weak."""
+    measured = partial(window.measure, decoded, wanted, block=tensor.block, first=start)
+    rounding = tensor.rounding
+    if rounding is None:
+        return measured(None)
+    if start // slab.step % slab.sampled:
+        found = measured(None)
+        if min(found.extremes.min_block, found.extremes.min_row) >= WEAK:
+            return found
+    return measured(rounding.nearest(tensor, wanted, largest))
 
 
 def _changed(tensor: LogicalTensor, decoded: torch.Tensor, reference: torch.Tensor) -> int:

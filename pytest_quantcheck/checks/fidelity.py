@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -62,18 +63,10 @@ def compare(
     pairing = smoothing.undo(align(pair_tensors(artifact, reference), artifact, reference, device), device)
     pairs, findings = pairing.pairs, list(pairing.findings)
     require_matches(limits, [tensor.name for tensor, _ in pairs])
-    measured = measure_each(
-        [
-            (tensor if expects_rounding(tensor, limits) else tensor._replace(rounding=None), other)
-            for tensor, other in pairs
-        ],
-        device=device,
-        in_steps=limits.max_steps is not None,
-        executor=executor,
-        workers=workers,
-        progress=_progress(pairs, progress),
+    measured = partial(
+        measure_each, device=device, in_steps=limits.max_steps is not None, executor=executor, workers=workers
     )
-    rows = [judge(row, tensor, limits) for row, (tensor, _) in zip(measured, pairs, strict=True)]
+    rows = _judged(pairs, limits, measured, _progress(pairs, progress))
     findings += [Finding("fidelity", "error", row.name, fault) for row in rows for fault in row.faults]
     findings += [*outliers(rows), *_vacuous(rows)]
     quantized = [row for row in rows if row.quantized]
@@ -81,6 +74,26 @@ def compare(
     rows.sort(key=_margin)
     findings += _diagnoses(rows, pairs, device)
     return Comparison(tuple(rows), tuple(findings), total)
+
+
+def _judged(
+    pairs: Sequence[Pair],
+    limits: Limits,
+    measured: Callable[..., Iterator[Fidelity]],
+    progress: Callable[[int], None] | None,
+) -> list[Fidelity]:
+    """All pairs, judged; where one fails that was rounded in part, it is judged by what all of it rounds to."""
+    wanted = [
+        (tensor if expects_rounding(tensor, limits) else tensor._replace(rounding=None), other)
+        for tensor, other in pairs
+    ]
+    found = measured(wanted, sample=True, progress=progress)
+    rows = [judge(row, tensor, limits) for row, (tensor, _) in zip(found, pairs, strict=True)]
+    doubtful = [at for at, row in enumerate(rows) if row.faults and row.sampled]
+    again = measured([wanted[at] for at in doubtful])
+    for at, row in zip(doubtful, again, strict=True):
+        rows[at] = judge(row, pairs[at].tensor, limits)
+    return rows
 
 
 def _diagnoses(rows: list[Fidelity], pairs: Sequence[Pair], device: str) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 LOST = 4.0  # 6 dB of noise more than rounding makes
+WEAK = 2.0  # signal to noise of a block or a row, 3 dB: worth asking what rounding would make of it
 
 
 class Sums(NamedTuple):
@@ -27,14 +28,20 @@ class Sums(NamedTuple):
     cross: float = 0.0  # reference * error
     total: float = 0.0  # reference
     drift: float = 0.0  # error
-    rounding: float = 0.0  # (rounded - reference)^2, where it is known how the encoding rounds
-    rounding_cross: float = 0.0  # reference * (rounded - reference), likewise
-    rounding_drift: float = 0.0  # rounded - reference, likewise
+    rounding: Sums | None = None  # the same of the reference rounded to nearest, over the windows where that was done
 
     def plus(self, other: Sums) -> Sums:
         """Return the sums over both runs."""
-        values, *sums = (one + two for one, two in zip(self, other, strict=True))
-        return Sums(int(values), *sums)
+        both = self.rounding.plus(other.rounding) if self.rounding and other.rounding else None
+        return Sums(
+            self.values + other.values,
+            self.signal + other.signal,
+            self.noise + other.noise,
+            self.cross + other.cross,
+            self.total + other.total,
+            self.drift + other.drift,
+            both or self.rounding or other.rounding,
+        )
 
     @property
     def sqnr_db(self) -> float:
@@ -43,8 +50,8 @@ class Sums(NamedTuple):
 
     @property
     def rounding_sqnr_db(self) -> float:
-        """The SQNR that rounding the reference to nearest would have."""
-        return sqnr_db(self.signal, self.rounding)
+        """The SQNR that rounding the reference to nearest would have; NaN where that is not known."""
+        return self.rounding.sqnr_db if self.rounding else math.nan
 
     @property
     def relative_error(self) -> float:
@@ -58,8 +65,8 @@ class Sums(NamedTuple):
 
     @property
     def rounding_gain(self) -> float:
-        """The slope that rounding the reference to nearest would have."""
-        return 1 + self.rounding_cross / self.signal if self.signal else 1.0
+        """The slope that rounding the reference to nearest would have; NaN where that is not known."""
+        return self.rounding.gain if self.rounding else math.nan
 
     @property
     def sigma(self) -> float:
@@ -70,16 +77,13 @@ class Sums(NamedTuple):
     @property
     def bias(self) -> float:
         """The mean error, in standard deviations of the reference."""
-        return self._in_sigmas(self.drift)
+        mean = self.drift / self.values if self.values else 0.0
+        return mean / self.sigma if self.sigma else mean
 
     @property
     def rounding_bias(self) -> float:
-        """The mean error that rounding the reference to nearest would have, likewise."""
-        return self._in_sigmas(self.rounding_drift)
-
-    def _in_sigmas(self, drift: float) -> float:
-        mean = drift / self.values if self.values else 0.0
-        return mean / self.sigma if self.sigma else mean
+        """The mean error that rounding the reference to nearest would have, likewise; NaN where that is not known."""
+        return self.rounding.bias if self.rounding else math.nan
 
     @property
     def cosine(self) -> float:
@@ -184,6 +188,11 @@ class Fidelity(NamedTuple):
     def rounding_sqnr_db(self) -> float | None:
         """The SQNR of the reference rounded to nearest in the same encoding; None where that is not known."""
         return self.sums.rounding_sqnr_db if self.rounds else None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether rounding to nearest was tried on a part of the values only."""
+        return self.sums.rounding is not None and self.sums.rounding.values < self.sums.values
 
     @property
     def relative_error(self) -> float:

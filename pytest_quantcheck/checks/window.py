@@ -22,15 +22,26 @@ HALF_STEP = 0.5 * (1 + 2**-20)  # the error and the step are rounded themselves
 
 
 class Rows(NamedTuple):
-    """The sums of each row of a window, float64 `[8, rows]` in the order of `Sums`, and what is seen in one place."""
+    """The sums of each row of a window, float64 `[5, rows]` in the order of `Sums`, and what is seen in one place.
+
+    `rounded` are those of what rounding to nearest makes of the reference, where that was asked for.
+    """
 
     sums: torch.Tensor
+    rounded: torch.Tensor | None
     columns: int
     extremes: Extremes
 
     def over(self, start: int, stop: int) -> Sums:
         """Return the sums over some rows."""
-        return Sums((stop - start) * self.columns, *self.sums[:, start:stop].sum(dim=1).tolist())
+        values = (stop - start) * self.columns
+        sums = _added(values, self.sums[:, start:stop])
+        return sums if self.rounded is None else sums._replace(rounding=_added(values, self.rounded[:, start:stop]))
+
+
+def _added(values: int, rows: torch.Tensor) -> Sums:
+    signal, noise, cross, total, drift = rows.sum(dim=1).tolist()
+    return Sums(values, signal, noise, cross, total, drift)
 
 
 def measure(
@@ -43,44 +54,49 @@ def measure(
     width = block if block and columns % block == 0 else min(SHORT, columns)
     long = next((length for length in LONG if columns % length == 0), width)
     scratch = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
-    both = [decoded] if rounded is None else [decoded, rounded]
-    energies = [_energy(torch.mul(reference, reference, out=scratch), width, block)]
-    energies.append(_energy(_squared_error(decoded, reference, scratch), width, block))
-    max_error = float(scratch.amax().sqrt())  # the root of a square is the number again
-    if rounded is not None:
-        energies.append(_energy(_squared_error(rounded, reference, scratch), width, block))
-    signal, noise, *rounding = (_over_rows(short) for short, _ in energies)
-    total = _over_rows(_short_sums(reference, long))
-    cross = [_over_rows(_short_sums(torch.mul(reference, values, out=scratch), width)) - signal for values in both]
-    drift = [_over_rows(_short_sums(values, long)) - total for values in both]
-    sums = torch.stack((signal, noise, cross[0], total, drift[0], *rounding, *cross[1:], *drift[1:]))
+    signal, blocks = _energy(torch.mul(reference, reference, out=scratch), width, block)
+    power, total = _over_rows(signal), _over_rows(_short_sums(reference, long))
+
+    def against(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        noise, noise_of_blocks = _energy(_squared_error(values, reference, scratch), width, block)
+        largest = float(scratch.amax().sqrt())  # the root of a square is the number again
+        product = _over_rows(_short_sums(torch.mul(reference, values, out=scratch), width))
+        drift = _over_rows(_short_sums(values, long)) - total
+        return torch.stack((power, _over_rows(noise), product - power, total, drift)), noise_of_blocks, largest
+
+    sums, noise, max_error = against(decoded)
+    rounded_sums, rounded_noise, _ = (None, None, 0.0) if rounded is None else against(rounded)
     non_finite = [0, 0]
     if not bool(torch.isfinite(sums).all()):
         non_finite = [int((~torch.isfinite(values)).sum()) for values in (decoded, reference)]
         if not any(non_finite) and decoded.dtype == torch.float32:  # their squares are too large for it
             twice = None if rounded is None else rounded.double()
             return measure(decoded.double(), reference.double(), twice, block=block, first=first)
-    extremes = _places(sums, [blocks for _, blocks in energies], first)._replace(
+    extremes = _places(sums, rounded_sums, (blocks, noise, rounded_noise), first)._replace(
         max_error=max_error,
         zeros=_zeros(decoded, scratch),
         reference_zeros=_zeros(reference, scratch),
         non_finite=non_finite[0],
         reference_non_finite=non_finite[1],
     )
-    if not rounding:
-        sums = torch.cat((sums, torch.zeros_like(sums[:3])))
-    return Rows(sums, columns, extremes)
+    return Rows(sums, rounded_sums, columns, extremes)
 
 
-def _places(sums: torch.Tensor, blocks: list[torch.Tensor], first: int) -> Extremes:
+def _places(
+    sums: torch.Tensor,
+    rounded: torch.Tensor | None,
+    blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    first: int,
+) -> Extremes:
     """The worst row and the worst block, and the worst of those that rounding to nearest does better."""
-    rows, block = _ratio(sums[0], sums[1]), _ratio(blocks[0], blocks[1])
+    signal, noise, rounded_noise = blocks
+    rows, block = _ratio(sums[0], sums[1]), _ratio(signal, noise)
     row = int(rows.argmin())
     seen = Extremes(min_block=float(block.amin()), min_row=float(rows[row]), row=first + row)
-    if len(blocks) < 3:
+    if rounded is None or rounded_noise is None:
         return seen
-    lost = rows.where(sums[5] * LOST < sums[1], math.inf)
-    lost_block = block.where(blocks[2] * LOST < blocks[1], math.inf)
+    lost = rows.where(rounded[1] * LOST < sums[1], math.inf)
+    lost_block = block.where(rounded_noise * LOST < noise, math.inf)
     at = int(lost.argmin())
     return seen._replace(lost_block=float(lost_block.amin()), lost_row=float(lost[at]), lost_at=first + at)
 
