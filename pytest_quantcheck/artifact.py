@@ -18,7 +18,7 @@ from pytest_quantcheck import containers, schemes, ties
 from pytest_quantcheck.containers import live_module
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding
-from pytest_quantcheck.tensor import BYTE_CLASSES, COUNTED, ByteClass, Container, LogicalTensor, SideFile
+from pytest_quantcheck.tensor import BYTE_CLASSES, COUNTED, DEAD, ByteClass, Container, LogicalTensor, SideFile
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ class Artifact:
         for kind, size in self.overhead.items():
             found[kind] += size
         for tensor in self.tensors:
-            if tensor.role in ("tied", "shadow"):
+            if tensor.role in DEAD:
                 found["dead"] += tensor.nbytes
                 continue
             for part in tensor.parts:

@@ -175,10 +175,13 @@ def assert_matches_baseline(
     """
     __tracebackhide__ = True
     from pytest_quantcheck import lock as locks
+    from pytest_quantcheck import uses
     from pytest_quantcheck.checks import baseline, diff
 
+    path = os.fspath(lock)
+    uses.note(path, name)
     allowed = baseline.Allowed(baseline.parse_growth(growth), sqnr_drop_db)
-    artifact, path = inspect(subject), os.fspath(lock)
+    artifact = inspect(subject)
     outline = diff.outline(artifact)
     if reference is not None:
         require_torch("a baseline with a reference decodes values")

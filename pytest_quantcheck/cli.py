@@ -309,8 +309,9 @@ def init(paths: tuple[str, ...], output: str, force: bool) -> int:
 
     if os.path.lexists(output) and not force:
         raise ValueError(f"{output}: is there already (--force overwrites it)")
-    write_text(output, render(paths, os.path.dirname(output)))
-    print(printable(f"{output}: {counted(len(paths), 'artifact')}; now run: quantcheck check {output}"))
+    different = list({os.path.abspath(path): path for path in paths}.values())
+    write_text(output, render(different, os.path.dirname(output)))
+    print(printable(f"{output}: {counted(len(different), 'artifact')}; now run: quantcheck check {output}"))
     return OK
 
 

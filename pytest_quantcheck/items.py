@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_quantcheck.runner import Plan
 
 MARK = "quantcheck"
+WORST = 3  # details of a check in the summary
 REPORTS = {"json": "quantcheck_json", "html": "quantcheck_html", "markdown": "quantcheck_markdown"}
 
 
@@ -193,12 +194,15 @@ def add_outcome(item: pytest.Item, report: pytest.TestReport) -> None:
 
 
 def _verdicts(run: Run) -> Iterator[str]:
-    """Yield a line for each check that did not pass, those that could not be made first."""
+    """Yield each check that did not pass with the worst of its details, those that could not be made first."""
+    from pytest_quantcheck.report.verdicts import own_details
+
     for status in ("error", "failed"):
         for artifact in run["artifacts"]:
             for checked in artifact["checks"]:
                 if checked["status"] == status:
                     yield f"{artifact['name']}::{checked['check']}  {checked['headline']}"
+                    yield from (f"  {line}" for line in own_details(checked)[:WORST])
 
 
 def _shown(path: Path) -> str:

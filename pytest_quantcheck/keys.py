@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,8 +27,8 @@ from pytest_quantcheck.quantities import format_sizes, parse_count, parse_size
 from pytest_quantcheck.tensor import BYTE_CLASSES
 
 SAVINGS = 3
-# What a checkpoint, a device or a missing library can do to one check; the others are made all the same.
-COULD_NOT_CHECK = (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError)
+# What a checkpoint, a device or a missing library can do to one check. Anything else is a bug, and its place is said.
+FORESEEN = (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,8 @@ class Opened:
         """Why the artifact cannot be read, in one line."""
         try:
             self.artifact  # noqa: B018
-        except COULD_NOT_CHECK as error:
-            return first_line(error)
+        except Exception as error:  # the other artifacts are checked all the same
+            return said(error)
         return None
 
     @cached_property
@@ -96,9 +97,13 @@ class Check(NamedTuple):
     about: str
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error says in its first line: torch goes on for many."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def said(error: Exception) -> str:
+    """Return what an error says in its first line, torch goes on for many; a bug also says what and where it is."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, FORESEEN):
+        return line
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {line} (a bug, in {os.path.basename(last.filename)}:{last.lineno})"
 
 
 def closest(what: str, name: str, known: Collection[str]) -> str:
@@ -360,7 +365,7 @@ ELSEWHERE = {
 
 
 def _advised(opened: Opened, verdict: Verdict) -> Verdict:
-    """Add to a failure how it was measured, what grew since the baseline, and what could be saved."""
+    """Add to a failure what grew since the baseline, what could be saved, and how it was measured."""
     if verdict.passed:
         return verdict
     kind = "all files of the folder" if os.path.isdir(opened.path) else "the file"
@@ -368,7 +373,7 @@ def _advised(opened: Opened, verdict: Verdict) -> Verdict:
     reasons = sorted(explain(opened.artifact).reasons, key=lambda reason: -reason.could_save)[:SAVINGS]
     lines = [f"  up to {format_sizes(r.could_save)}  {_whose(r)}: {r.savings[0].how}" for r in reasons if r.savings]
     could = ["could be saved (quantcheck why has the rest):", *lines] if lines else []
-    return verdict._replace(details=(f"measured: {kind}", *grown, *could, *verdict.details))
+    return verdict._replace(details=(*grown, *could, f"measured: {kind}", *verdict.details))
 
 
 def _whose(reason: Reason) -> str:

@@ -2,12 +2,12 @@
 
     {"schema": 1,
      "artifacts": {NAME: {"by": "quantcheck.toml", "version": "0.1.0", "container": "safetensors",
-                          "logical_params": N, "file_bytes": N, "outside_tensors": N, "bytes": {CLASS: N},
+                          "outside_tensors": {CLASS: N},
                           "tensors": {NAME: {"shape": [N], "scheme": "bnb-nf4", "role": "parameter",
                                              "bytes": {CLASS: N}, "sqnr_db": dB}}}}}
 
-Sorted, one tensor a line, so that version control merges it. `sqnr_db` is there where a reference was compared, and
-null where nothing differed from it.
+Sorted, one tensor a line and no totals, so that version control merges it. `sqnr_db` is there where a reference was
+compared, and null where nothing differed from it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read(path: str) -> dict[str, Record]:
         raise error.at(file=path) from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise FormatError(
-            "is not a lock of quantcheck (record it anew, or take it from version control)", file=path
+            "is not a lock of quantcheck (take it from version control, or delete it and record anew)", file=path
         ) from None
 
 
@@ -95,10 +95,7 @@ def _rendered(record: Record) -> str:
         "by": record.by,
         "version": record.version,
         "container": outline.container,
-        "logical_params": outline.logical_params,
-        "file_bytes": outline.file_bytes,
-        "outside_tensors": outline.outside,
-        "bytes": outline.classes,
+        "outside_tensors": dict(sorted(outline.outside.items())),
     }
     lines = [f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
     tensors = (f"    {json.dumps(name)}: {_line(name, stored)}" for name, stored in sorted(outline.tensors.items()))
@@ -122,16 +119,8 @@ def _line(name: str, stored: Stored) -> str:
 
 def _record(found: dict[str, Any]) -> Record:
     tensors = {name: _stored(fields) for name, fields in found["tensors"].items()}
-    outline = Outline(
-        "the baseline",
-        found["container"],
-        found["file_bytes"],
-        found["logical_params"],
-        found["outside_tensors"],
-        found["bytes"],
-        tensors,
-    )
-    return Record(found["by"], found["version"], outline)
+    outside = {**found["outside_tensors"]}
+    return Record(found["by"], found["version"], Outline("the baseline", found["container"], outside, tensors))
 
 
 def _stored(fields: dict[str, Any]) -> Stored:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_quantcheck import unused, uses
 from pytest_quantcheck.fixtures import (
     LOADER,
     load_quantized,
@@ -58,8 +59,15 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Merger(config), "quantcheck-merger")
+        unused.watch(config)
     if config.getoption("quantcheck_update") or config.getoption("quantcheck_force_update"):
         _allow_updates(config)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Note that not all tests run, so that a record that none asks for is not called unused."""
+    if items:
+        uses.note("", None)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> ConfigFile | None:

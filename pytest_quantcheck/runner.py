@@ -17,7 +17,7 @@ from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.checks.why import explain
 from pytest_quantcheck.config import Config, Entry
 from pytest_quantcheck.errors import printable
-from pytest_quantcheck.keys import CHECKS, COULD_NOT_CHECK, Opened, first_line
+from pytest_quantcheck.keys import CHECKS, Opened, said
 from pytest_quantcheck.report import json as json_report
 from pytest_quantcheck.report.run import ArtifactRun, Checked, Document, Run
 
@@ -93,9 +93,13 @@ def check(planned: Plan, entry: Entry, key: str, opened: Opened) -> Outcome:
     if failure is not None:
         return Outcome(_checked(entry, key, failure), error=failure)
     try:
-        verdict = _verdict(planned, entry, key, opened)
-    except COULD_NOT_CHECK as error:
-        return Outcome(_checked(entry, key, f"{key}: {first_line(error)}"))
+        return _made(planned, entry, key, opened)
+    except Exception as error:  # the other checks are made all the same
+        return Outcome(_checked(entry, key, f"{key}: {said(error)}"))
+
+
+def _made(planned: Plan, entry: Entry, key: str, opened: Opened) -> Outcome:
+    verdict = _verdict(planned, entry, key, opened)
     compare = vars(opened).get("comparison") if key in ("fidelity", "baseline") else None
     change = opened.change if key == "baseline" and not entry.is_stale else None
     return Outcome(
@@ -120,8 +124,8 @@ def artifact_run(planned: Plan, entry: Entry, opened: Opened, outcomes: Outcomes
     if planned.documents and not failure and not entry.is_stale:
         try:
             inspected, explained = _documents(opened.artifact)
-        except COULD_NOT_CHECK as error:  # it changed since it was checked
-            failure = first_line(error)
+        except Exception as error:  # it changed since it was checked, or this is a bug
+            failure = said(error)
     return {
         "name": entry.name,
         "path": entry.path,

@@ -37,6 +37,7 @@ BYTE_CLASSES: tuple[ByteClass, ...] = get_args(ByteClass)
 # buffer: never counts. shadow: a full copy that the model no longer uses. part: belongs to an encoded weight.
 Role = Literal["parameter", "adapter", "tied", "buffer", "shadow", "part"]
 COUNTED: tuple[Role, ...] = ("parameter", "adapter")
+DEAD: tuple[Role, ...] = ("tied", "shadow")  # all their bytes are of the class `dead`
 
 
 class Source(Protocol):

@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import pytest_quantcheck
 from pytest_quantcheck import lock
@@ -53,7 +54,7 @@ def test_ci_updates_nothing_unless_forced(model, value):
 
 CHANGES = {
     "the-same": ("true", {}, None),
-    "grown": ("true", {"rows": 34}, "embed_tokens.weight: plain BF16 4.22 KB -> plain BF16 4.35 KB, 128 B over"),
+    "grown": ("true", {"rows": 34}, "embed_tokens.weight: plain BF16 4.22 KB -> 4.35 KB, 128 B over"),
     "reshaped": ('"50 %"', {"rows": 34}, "embed_tokens.weight: is 34 x 64, was 33 x 64"),
     "shrunk": ("true", {"rows": 32}, "embed_tokens.weight: is 32 x 64, was 33 x 64"),
     "re-encoded": (
@@ -168,6 +169,33 @@ def test_the_lock_is_sorted_versioned_and_has_a_line_for_each_tensor(model):
     assert lock.read(str(model / "quantcheck.lock"))["model"].outline == before._replace(source="the baseline")
 
 
+def test_totals_of_a_record_are_sums_and_nothing_that_two_branches_would_both_write(tmp_path):
+    subjects = [small(tmp_path / "model"), tmp_path / "shared.bin"]
+    tensor = torch.zeros(7, 4)
+    torch.save({"a": tensor, "b": tensor[:3], "c": tensor.clone()}, subjects[1])
+    for subject in subjects:
+        opened = inspect(subject)
+        record = Record("test", "0", outline(opened))
+        kept = json.loads(lock.render({"model": record}))["artifacts"]["model"]
+        assert set(kept) == {"by", "version", "container", "outside_tensors", "tensors"}
+        found = record.outline
+        assert (found.file_bytes, found.logical_params) == (opened.file_bytes, opened.logical_params)
+        assert found.classes == {kind: size for kind, size in opened.bytes.items() if size}
+
+
+def test_branches_that_change_two_tensors_of_one_artifact_merge(tmp_path):
+    base = {f"layers.{number}.weight": layouts.Entry(f"layers.{number}.weight", "BF16", (3, 5)) for number in range(9)}
+    texts = {}
+    for name, changed in (("base", ()), ("mine", (1,)), ("theirs", (7,)), ("both", (1, 7))):
+        wider = {f"layers.{at}.weight": layouts.Entry(f"layers.{at}.weight", "BF16", (4, 5)) for at in changed}
+        layouts.write_file(tmp_path / f"{name}.safetensors", [*(base | wider).values()])
+        texts[name] = lock.render({"model": Record("test", "0", outline(inspect(tmp_path / f"{name}.safetensors")))})
+        (tmp_path / name).write_text(texts[name])
+    command = ["git", "merge-file", "-p", "mine", "base", "theirs"]
+    merged = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (merged.returncode, merged.stdout) == (0, texts["both"])
+
+
 def test_branches_that_change_two_artifacts_merge(tmp_path):
     found = outline(inspect(small(tmp_path / "model")))
     other = outline(inspect(small(tmp_path / "other", rows=35)))
@@ -222,8 +250,50 @@ def test_the_assertion_fails_updates_and_passes(pytester, monkeypatch):
     small(pytester.path / "model", rows=40)
     grown = pytester.runpytest()
     grown.assert_outcomes(failed=1)
-    grown.stdout.fnmatch_lines(["E *embed_tokens.weight: plain BF16 4.22 KB -> plain BF16 5.12 KB, *"])
+    grown.stdout.fnmatch_lines(["E *embed_tokens.weight: plain BF16 4.22 KB -> 5.12 KB, *"])
     assert lock.UPDATE not in os.environ
+
+
+TWO_TESTS = """
+    import pytest
+    from pytest_quantcheck import assert_matches_baseline
+
+    @pytest.mark.parametrize("name", {names})
+    def test_release(name):
+        assert_matches_baseline("model", name)
+
+    def test_other():
+        {other}
+"""
+
+FULL_RUNS = {
+    "all-tests": ([], "pass", True),
+    "all-tests-of-two-workers": (["-n", "2"], "pass", True),
+    "some-were-skipped": ([], "pytest.skip()", True),
+    "one-failed": ([], "assert 0", False),
+    "some-by-name": (["-k", "release"], "pass", False),
+    "some-by-name-of-two-workers": (["-k", "release", "-n", "2"], "pass", False),
+    "some-by-path": (["test_it.py"], "pass", False),
+    "none-run": (["--collect-only"], "pass", False),
+}
+
+
+@pytest.mark.parametrize("case", FULL_RUNS)
+def test_a_record_that_no_test_asks_for_is_named_after_a_run_of_all_tests(pytester, monkeypatch, case):
+    arguments, other, named = FULL_RUNS[case]
+    monkeypatch.delenv("CI", raising=False)
+    found = outline(inspect(small(pytester.path / "model")))
+    records = {name: Record("test", "0", found) for name in ("kept", "left\x1b[1m")}
+    lock.store("quantcheck.lock", {**records, "of-a-file": Record("quantcheck.toml", "0", found)})
+    pytester.makepyfile(test_it=TWO_TESTS.format(names=["kept"], other=other))
+    out = pytester.runpytest(*arguments).stdout.str()
+    line = r"quantcheck.lock has a record of `left\x1b[1m`, and no test asked for it"
+    assert ("= quantcheck: baselines =" in out, line in out, "of `kept`" in out) == (named, named, False)
+    if not arguments and named:
+        again = pytester.runpytest("--quantcheck-update")
+        assert ("is taken out of quantcheck.lock" in again.stdout.str()) == (other == "pass")
+        assert len(lock.read("quantcheck.lock")) == (2 if other == "pass" else 3)
+    assert "QUANTCHECK_USES" not in os.environ or os.path.exists(os.environ["QUANTCHECK_USES"])
 
 
 def record_each(path: str, found, names) -> None:
@@ -310,6 +380,29 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_file(tmp_path):
         seen.add(path.read_text())
     assert seen <= {OLD, NEW}
 
+
+def test_what_a_killed_writer_left_is_taken_out_by_a_later_one_of_the_same_file(tmp_path):
+    path, other = tmp_path / "quantcheck.lock", tmp_path / "other.lock"
+    left = {}
+    for target in (path, other):
+        for age in (60, 7200):
+            process = subprocess.run(
+                [sys.executable, "-c", KILLED, str(target)], cwd=tmp_path, capture_output=True, check=False
+            )
+            assert process.returncode == -signal.SIGKILL
+            (temporary,) = {*tmp_path.iterdir()} - {*left.values()}
+            os.utime(temporary, (time.time() - age,) * 2)
+            left[target, age] = temporary
+    write_text(path, NEW)
+    assert {*tmp_path.iterdir()} == {path, left[path, 60], left[other, 7200], left[other, 60]}
+
+
+KILLED = """
+import os, signal, sys
+from quantcheck_lint.writing import write_whole
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(sys.argv[1], b"new")
+"""
 
 FULL = """
 import resource, signal, sys

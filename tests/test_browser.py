@@ -230,6 +230,29 @@ def test_no_page_is_wider_than_its_window(browser, page, width):
     assert browser.run("document.querySelectorAll('.view .portrait')[0].checkVisibility()") == (width < 700)
 
 
+@pytest.mark.parametrize("width", [320, 390])
+def test_on_a_phone_the_lines_of_a_failure_are_not_cut_off(browser, run, tmp_path, width):
+    path = tmp_path / "report.html"
+    artifact = run["artifacts"][0]
+    line = "  +12.80 KB  model.layers.0.mlp.down_proj.weight  plain BF16 4.22 KB -> 17.02 KB, 12.80 KB over"
+    checks = [{**artifact["checks"][0], "details": [line]}]
+    path.write_text(html.render({**run, "artifacts": [{**artifact, "checks": checks}]}))
+    browser.open(path, width=width)
+    widths = browser.run("[...document.querySelectorAll('pre')].map(box => [box.scrollWidth, box.clientWidth])")
+    assert len(widths) == 1
+    assert all(inside <= box for inside, box in widths)
+
+
+def test_a_failing_tensor_has_a_card_and_no_line_beside(run):
+    artifact = run["artifacts"][0]
+    size, fidelity = artifact["checks"]
+    alone = {**artifact, "checks": [size, {**fidelity, "check": "fidelity"}]}
+    (line,) = (line for line in fidelity["details"] if line.startswith("model.layers.1.mlp.down_proj.weight: "))
+    message = line.partition(": ")[2].partition(";")[0]
+    assert html.render({**run, "artifacts": [alone]}).count(message) == 1
+    assert html.render({**run, "artifacts": [{**alone, "compare": None}]}).count(message) == 1
+
+
 def test_paper_shows_what_was_folded(browser, page):
     browser.open(page)
     browser.run("document.querySelector('#artifact-1').open = false")

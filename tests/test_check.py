@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,7 +18,8 @@ import safetensors.torch
 import torch
 
 import pytest_quantcheck.report
-from pytest_quantcheck import runner
+from pytest_quantcheck import inspect, keys, runner
+from pytest_quantcheck.checks import params, size
 from pytest_quantcheck.cli import main
 from tests import layouts
 
@@ -123,7 +125,8 @@ def test_an_exceeded_budget_says_all_that_is_needed_to_fix_it(tmp_path):
         "the limit is in quantcheck.toml:3",
         "ask the release team",
         "measured: all files of the folder",
-        "+12.80 KB  embed_tokens.weight  plain BF16 4.22 KB -> plain BF16 17.02 KB",
+        "grown since the baseline: unquantized +12.80 KB",
+        "+12.80 KB  embed_tokens.weight  plain BF16 4.22 KB -> 17.02 KB",
         "up to 12.04 KB (11.76 KiB)  embed_tokens.weight: quantized like the rest, 4.685 bits a weight",
     ):
         assert line in said, said
@@ -135,6 +138,40 @@ def test_one_check_that_cannot_be_made_leaves_the_others(tmp_path):
     run = json.loads(quantcheck("check", "--json", cwd=tmp_path).stdout)
     statuses = {check["check"]: check["status"] for check in run["artifacts"][0]["checks"]}
     assert statuses == {"logical_params": "passed", "size": "failed", "fidelity": "error"}
+
+
+@pytest.mark.parametrize("broken", ["check_size_budget", "check_logical_params"])
+def test_a_bug_in_one_check_is_one_line_and_leaves_the_others(tmp_path, monkeypatch, broken):
+    def bug(*_: object, **__: object) -> None:
+        raise KeyError("weight\x1b[31m\nTraceback")
+
+    monkeypatch.setattr(size if broken == "check_size_budget" else params, broken, bug)
+    small(tmp_path / "model")
+    write(tmp_path, artifact("model", logical_params=PARAMS, size='"1 MB"', host='"github"'))
+    done = quantcheck("check", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert re.search(r"KeyError: .* \(a bug, in test_check.py:\d+\)$", done.stdout, re.MULTILINE)
+    assert "\x1b" not in done.stdout
+    assert "Traceback (most" not in done.stdout
+    run = json.loads(quantcheck("check", "--json", cwd=tmp_path).stdout)
+    statuses = [check["status"] for check in run["artifacts"][0]["checks"]]
+    assert sorted(statuses) == ["error", "passed", "passed"]
+
+
+def test_what_cannot_even_be_opened_for_a_bug_leaves_the_other_artifacts(tmp_path, monkeypatch):
+    def bug(path: str) -> object:
+        if path == "model-1":
+            raise IndexError("list index out of range")
+        return inspect(path)
+
+    monkeypatch.setattr(keys, "inspect", bug)
+    for number in (1, 2):
+        small(tmp_path / f"model-{number}")
+    write(tmp_path, artifact("model-*", logical_params=PARAMS))
+    done = quantcheck("check", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "IndexError: list index out of range (a bug, in test_check.py:" in done.stdout
+    assert done.stdout.endswith("1 could not be checked of 2 artifacts\n")
 
 
 def test_checks_are_chosen_by_their_id(tmp_path):
@@ -197,6 +234,13 @@ def test_what_init_writes_is_green_and_guards(tmp_path, layout, request):
         assert failed.returncode == 1
         assert "logical parameters: measured 8,960, expected 8,320 exactly: 640 more" in failed.stdout
         assert "exceeds the budget of" in failed.stdout
+
+
+def test_init_of_one_artifact_named_twice_is_green_too(tmp_path):
+    small(tmp_path / "model")
+    done = quantcheck("init", "model", "model/", "./model", cwd=tmp_path)
+    assert done.stdout == "quantcheck.toml: 1 artifact; now run: quantcheck check quantcheck.toml\n"
+    assert quantcheck("check", cwd=tmp_path).returncode == 0
 
 
 def test_reports_are_written_beside_the_verdict(tmp_path):

@@ -55,6 +55,8 @@ def test_a_failure_is_its_message_and_no_traceback(project):
             "  see the handbook",
             "*= quantcheck =*",
             "large-nf4::size  file size: *",
+            "  could be saved (quantcheck why has the rest):",
+            "    up to 12.04 KB (11.76 KiB)  embed_tokens.weight: quantized like the rest, *",
         ]
     )
     result.stdout.no_fnmatch_line("*runtest*")

@@ -77,8 +77,26 @@ def test_a_short_check_leaves_its_lines_to_a_long_one(tmp_path):
 def test_a_project_says_its_words_once(tmp_path):
     broken = small(tmp_path / "broken", budget=10, message="Ask first.\nThen raise it.")
     broken["checks"] *= 3
-    lines = text(runs.run(broken))
-    assert lines.count("    Ask first.") == lines.count("    Then raise it.") == 1
+    run = runs.run(broken)
+    for lines in (text(run), markdown.render(run).splitlines()):
+        assert sum(line.strip() == "Ask first." for line in lines) == 1
+        assert sum(line.strip() == "Then raise it." for line in lines) == 1
+    assert html.render(run).count("Ask first.") == 1
+
+
+def test_a_page_that_shows_the_bytes_does_not_list_them_again(tmp_path):
+    broken = small(tmp_path / "broken", budget=10)
+    assert "where the bytes go:" not in html.render(runs.run(broken))
+    assert "where the bytes go:" in html.render(runs.run({**broken, "inspect": None, "why": None}))
+
+
+@pytest.mark.parametrize("before", [8, 9, 10])
+def test_annotations_announce_nothing_that_is_cut(tmp_path, before):
+    broken = small(tmp_path / "broken", budget=10)
+    broken["checks"][0]["details"] = ["a line"] * before + ["largest:", "  one"]
+    said = annotations.render(runs.run(broken)).rstrip("\n").split("%0A")
+    assert len(said) == 1 + (9 if before == 9 else 10)
+    assert not said[-1].endswith(":")
 
 
 def test_annotations_give_each_artifact_one_before_any_has_two(tmp_path):

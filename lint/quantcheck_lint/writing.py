@@ -5,12 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
+import zlib
+
+STALE = 3600  # seconds: no writer takes that long
 
 
 def write_whole(path: str, data: bytes) -> None:
-    """Replace the file at `path` (what a link points at) by `data`: a killed process leaves the old file."""
-    path = os.path.realpath(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=".quantcheck-", dir=os.path.dirname(path))
+    """Replace the file at `path` (what a link points at) by `data`: a killed process leaves the old file.
+
+    It may leave a temporary file too, which a later write to the same path takes out.
+    """
+    folder, name = os.path.split(os.path.realpath(path))
+    path = os.path.join(folder, name)
+    prefix = f".quantcheck-{zlib.crc32(os.fsencode(name)):08x}-"
+    _sweep(folder, prefix)
+    descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -22,6 +32,15 @@ def write_whole(path: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _sweep(folder: str, prefix: str) -> None:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(prefix) and entry.is_file(follow_symlinks=False):
+                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                if age > STALE:
+                    os.unlink(entry.path)
 
 
 def _mode(path: str) -> int:

@@ -27,7 +27,7 @@ class Growth(NamedTuple):
         return old + int(old * self.share) + self.bytes
 
     def __str__(self) -> str:
-        return f"{100 * self.share:f} %" if self.share else format_size(self.bytes)
+        return f"{(100 * self.share).normalize():f}%" if self.share else format_size(self.bytes)
 
 
 class Allowed(NamedTuple):
@@ -79,25 +79,28 @@ def check_baseline(record: Record | None, outline: Outline, allowed: Allowed, *,
         return Verdict("baseline", False, f"baseline: {where} has no record of it", ("record it with an update",))
     changed = difference(record.outline, outline)
     old, new, limit = changed.file_bytes.old, changed.file_bytes.new, allowed.growth.limit(changed.file_bytes.old)
-    wrong = list(_grown(changed, allowed.growth))
-    wrong += [*_gone(record.outline, outline), *_worse(record.outline, outline, allowed.sqnr_drop_db)]
+    grown = list(_grown(changed, allowed.growth))
+    wrong = [*grown, *_gone(record.outline, outline), *_worse(record.outline, outline, allowed.sqnr_drop_db)]
     share = f" ({changed.file_bytes.growth / old:+.1%})" if old else ""
     headline = (
         f"baseline: {format_size(new)} ({new:,} bytes), recorded {format_size(old)}{share}, "
         f"allowed growth {allowed.growth}, {counted(len(wrong), 'fault')} in {counted(len(outline.tensors), 'tensor')}"
     )
     passed = new <= limit and not wrong and bool(outline.tensors)
-    details = (*worst(wrong), *(() if passed else where_it_grew(changed)))
+    grew = [] if passed else where_it_grew(changed)
+    details = (*worst(wrong), *(grew[:1] if grown else grew))  # the tensors are named once
     return Verdict("baseline", passed, headline, details, (), new, limit, "bytes")
 
 
 def where_it_grew(changed: Difference) -> list[str]:
-    """Return the three tensors that grew most since the record, and what grew outside of tensors, as lines."""
+    """Return what grew since the record, as lines: the byte classes, the three tensors that grew most, and the rest."""
     grown = [change for change in changed.tensors if change.growth > 0]
     lines = [f"  +{format_size(change.growth)}  {change.name}  {_became(change)}" for change in grown[:3]]
     if changed.outside.growth > 0:
         lines.append(f"  +{format_size(changed.outside.growth)}  outside of tensors: headers, padding, other files")
-    return ["grown most since the baseline:", *lines] if lines else []
+    classes = sorted(changed.classes.items(), key=lambda item: -item[1].growth)[:3]
+    named = ", ".join(f"{kind} +{format_size(total.growth)}" for kind, total in classes if total.growth > 0)
+    return [f"grown since the baseline: {named}".rstrip(), *lines] if lines else []
 
 
 def _grown(changed: Difference, growth: Growth) -> Iterator[str]:
@@ -134,5 +137,5 @@ def _worse(old: Outline, new: Outline, allowed_db: float) -> Iterator[str]:
 def _became(change: TensorChange) -> str:
     if change.old_scheme is None:
         return f"new, {change.new_scheme} {format_size(change.new_bytes)}"
-    now = f"{change.new_scheme} {format_size(change.new_bytes)}"
-    return f"{change.old_scheme} {format_size(change.old_bytes)} -> {now}"
+    scheme = "" if change.new_scheme == change.old_scheme else f"{change.new_scheme} "
+    return f"{change.old_scheme} {format_size(change.old_bytes)} -> {scheme}{format_size(change.new_bytes)}"

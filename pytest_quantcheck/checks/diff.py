@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.tensor import BYTE_CLASSES, ByteClass, LogicalTensor, Role
+from pytest_quantcheck.tensor import BYTE_CLASSES, COUNTED, DEAD, ByteClass, LogicalTensor, Role
 
 Change = Literal["added", "removed", "re-encoded", "reshaped", "resized"]
 
@@ -54,15 +55,31 @@ class Total(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """As much of an artifact as a difference looks at, and a baseline keeps."""
+    """As much of an artifact as a difference looks at, and a baseline keeps; totals are sums of it."""
 
     source: str
     container: str
-    file_bytes: int
-    logical_params: int
-    outside: int  # bytes of no tensor
-    classes: dict[ByteClass, int]
+    outside: dict[ByteClass, int]  # bytes of no tensor
     tensors: dict[str, Stored]
+
+    @property
+    def classes(self) -> dict[ByteClass, int]:
+        """All bytes by class, empty classes left out."""
+        found = dict(self.outside)
+        for stored in self.tensors.values():
+            for kind, size in stored.bytes.items():
+                found[kind] = found.get(kind, 0) + size
+        return {kind: size for kind, size in found.items() if size}
+
+    @property
+    def file_bytes(self) -> int:
+        """All bytes."""
+        return sum(self.classes.values())
+
+    @property
+    def logical_params(self) -> int:
+        """The parameters of the unquantized model."""
+        return sum(math.prod(stored.shape) for stored in self.tensors.values() if stored.role in COUNTED)
 
 
 class Difference(NamedTuple):
@@ -92,7 +109,7 @@ def difference(old: Artifact | Outline, new: Artifact | Outline) -> Difference:
         new.source,
         Total(old.file_bytes, new.file_bytes),
         Total(old.logical_params, new.logical_params),
-        Total(old.outside, new.outside),
+        Total(sum(old.outside.values()), sum(new.outside.values())),
         {kind: Total(old.classes.get(kind, 0), new.classes.get(kind, 0)) for kind in BYTE_CLASSES},
         tuple(sorted(found, key=lambda change: (change.growth <= 0, -abs(change.growth), change.name))),
         len(before.keys() & after.keys()) - sum(change.change not in ("added", "removed") for change in found),
@@ -104,16 +121,14 @@ def outline(artifact: Artifact) -> Outline:
     return Outline(
         artifact.source,
         artifact.container,
-        artifact.file_bytes,
-        artifact.logical_params,
-        sum(artifact.overhead.values()),
-        {kind: size for kind, size in artifact.bytes.items() if size},
+        {kind: size for kind, size in artifact.overhead.items() if size},
         {tensor.name: _stored(tensor) for tensor in artifact.tensors},
     )
 
 
 def _stored(tensor: LogicalTensor) -> Stored:
-    return Stored(tensor.shape, _scheme(tensor), tensor.role, tensor.bytes)
+    held: dict[ByteClass, int] = {"dead": tensor.nbytes} if tensor.role in DEAD else tensor.bytes
+    return Stored(tensor.shape, _scheme(tensor), tensor.role, held)
 
 
 def _change(name: str, old: Stored | None, new: Stored | None) -> TensorChange | None:

@@ -9,6 +9,8 @@ from pytest_quantcheck.checks.verdict import Verdict, worst
 from pytest_quantcheck.quantities import format_shape, format_size, parse_size
 from pytest_quantcheck.tensor import BYTE_CLASSES
 
+WHERE = "where the bytes go:"
+
 
 def check_size_budget(
     artifact: Artifact,
@@ -46,7 +48,7 @@ def where_the_bytes_go(artifact: Artifact) -> list[str]:
         f"{t.scheme} at {t.bits_per_weight:.2f} bits"
         for t in largest
     ]
-    return ["where the bytes go:", *lines, "largest tensors:", *(f"  {line}" for line in worst(tensors))]
+    return [WHERE, *lines, "largest tensors:", *(f"  {line}" for line in worst(tensors))]
 
 
 def _over(what: str, measured: int, limit: int) -> list[str]:

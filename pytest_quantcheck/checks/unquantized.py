@@ -18,7 +18,7 @@ from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES, OF_TORCH
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.recipes.recipe import Kind, Unquantized, Weight
-from pytest_quantcheck.tensor import Container, LogicalTensor
+from pytest_quantcheck.tensor import DEAD, Container, LogicalTensor
 from pytest_quantcheck.ties import EMBEDDINGS, HEADS
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -104,7 +104,7 @@ def _of_artifact(artifact: Artifact, container: Container, dtype: str | None) ->
 
 def _all_weights(artifact: Artifact, config: Mapping[str, Any], *, strict: bool) -> tuple[Weight, ...]:
     """Every weight; where one is unknown a `FormatError`, or none of them if not `strict`."""
-    kept = [tensor for tensor in artifact.tensors if tensor.role not in ("tied", "shadow")]
+    kept = [tensor for tensor in artifact.tensors if tensor.role not in DEAD]
     try:
         return tuple(weight for tensor in kept for weight in _weights(tensor, config, artifact.source))
     except FormatError:

@@ -34,10 +34,16 @@ def _commands(artifact: ArtifactRun) -> list[str]:
         _command(
             checked["where"],
             f"{artifact['name']}: {checked['check']}",
-            [checked["headline"], *(checked["message"] or "").splitlines(), *checked["details"][:DETAILS]],
+            [checked["headline"], *(checked["message"] or "").splitlines(), *_first(checked["details"])],
         )
         for checked in not_passed(artifact)
     ]
+
+
+def _first(details: list[str]) -> list[str]:
+    """As many as there is room for, none that announces what is cut."""
+    cut = len(details) > DETAILS and details[DETAILS - 1].endswith(":")
+    return details[: DETAILS - cut]
 
 
 def _command(where: str | None, title: str, lines: list[str]) -> str:

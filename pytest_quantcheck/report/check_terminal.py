@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_quantcheck.quantities import counted
 from pytest_quantcheck.report.run import ArtifactRun, Checked, Run
 from pytest_quantcheck.report.shown import checked_shown, shown
-from pytest_quantcheck.report.verdicts import failures, headline, not_passed
+from pytest_quantcheck.report.verdicts import failures, headline, not_passed, said_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,14 +67,8 @@ def _section(artifact: ArtifactRun) -> list[Block]:
     """What is said of an artifact: why it could not be read, or its checks; the project's own words once."""
     if artifact["error"] is not None:
         return [(STYLES["error"], [artifact["error"]])]
-    said: set[str | None] = set()
-    blocks = []
-    for checked in not_passed(artifact):
-        repeated = checked["message"] in said
-        said.add(checked["message"])
-        lines = check_lines({**checked, "message": None} if repeated else checked)
-        blocks.append((STYLES[checked["status"]], list(lines)))
-    return blocks
+    checks = said_once(not_passed(artifact))
+    return [(STYLES[checked["status"]], list(check_lines(checked))) for checked in checks]
 
 
 def _most(lengths: list[int], room: int) -> int:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.quantities import counted, format_binary_size, format_count, format_size, format_sizes
 from pytest_quantcheck.report import durations, sizes
-from pytest_quantcheck.report.run import Run
+from pytest_quantcheck.report.run import ArtifactRun, Checked, Run
 from pytest_quantcheck.report.shown import shown
-from pytest_quantcheck.report.verdicts import failures, headline, not_passed, status
+from pytest_quantcheck.report.verdicts import failures, headline, not_passed, own_details, said_once, status
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,6 +42,8 @@ def render(run: Run) -> str:
         failures=failures,
         headline=headline,
         not_passed=not_passed,
+        shown_details=_details,
+        said_once=said_once,
         status=status,
         grids=grids,
         views=views,
@@ -103,6 +105,13 @@ def _share(part: float, whole: float) -> float:
 
 def _signed(size: int) -> str:
     return f"{'+' if size > 0 else ''}{format_size(size)}"
+
+
+def _details(checked: Checked, artifact: ArtifactRun) -> list[str]:
+    """What of the details the page does not show elsewhere: it has its bytes, and a card for each failing tensor."""
+    if checked["check"] == "fidelity" and artifact["compare"]:
+        return []
+    return own_details(checked) if artifact["inspect"] else checked["details"]
 
 
 class Wrong(NamedTuple):

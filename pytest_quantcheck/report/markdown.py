@@ -13,7 +13,7 @@ from pytest_quantcheck.quantities import counted, format_size
 from pytest_quantcheck.report import durations
 from pytest_quantcheck.report.run import ArtifactRun, Checked, Run
 from pytest_quantcheck.report.shown import shown
-from pytest_quantcheck.report.verdicts import failures, headline, not_passed, status
+from pytest_quantcheck.report.verdicts import failures, headline, not_passed, said_once, status
 
 MOST = 900_000  # bytes: GitHub takes 1 MiB a step
 ARTIFACTS = 200  # rows
@@ -81,7 +81,7 @@ def _section(artifact: ArtifactRun) -> Iterator[str]:
     if artifact["error"]:
         yield from ("", *_fence([artifact["error"]]))
         return
-    for checked in not_passed(artifact):
+    for checked in said_once(not_passed(artifact)):
         yield from ("", *_check(checked))
 
 

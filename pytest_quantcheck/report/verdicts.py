@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pytest_quantcheck.checks.size import WHERE
 from pytest_quantcheck.quantities import counted
 from pytest_quantcheck.report.run import ArtifactRun, Checked, Run, Status
 
@@ -19,6 +20,17 @@ def not_passed(artifact: ArtifactRun) -> list[Checked]:
     if artifact["error"] is not None:
         return []
     return [checked for checked in artifact["checks"] if checked["status"] != "passed"]
+
+
+def said_once(checks: list[Checked]) -> list[Checked]:
+    """Return the checks of an artifact with the project's own words at the first alone."""
+    return [*checks[:1], *(Checked(**{**checked, "message": None}) for checked in checks[1:])]
+
+
+def own_details(checked: Checked) -> list[str]:
+    """Return the details without the table of all bytes, for who has that elsewhere or has no room."""
+    details = checked["details"]
+    return details[: details.index(WHERE)] if WHERE in details else details
 
 
 def failures(run: Run) -> list[ArtifactRun]:
