@@ -141,7 +141,7 @@ def assert_dequant_fidelity(
 
     Per tensor: SQNR in dB (`"auto"`: what rounding the reference to nearest in the same encoding keeps, less a margin,
     or the floor of the encoding where that is not known; a mapping of name patterns to dB), `gain` off 1 (`"auto"`:
-    0.04, more for formats of two and three bits), `bias` in standard deviations of the reference, the SQNR of the worst
+    0.04 off the gain of rounding, where known), `bias` in standard deviations of the reference, the SQNR of the worst
     block (`"auto"`: 3 dB, for block formats of four bits and more), and `max_error` in the units of the weights. Plain
     tensors must be equal to the reference in their dtype, to the bit, unless `equal` is False. `max_steps` limits the
     error in quantization steps, where they are known: 0.5 is what rounding to nearest has (slow). Work goes to

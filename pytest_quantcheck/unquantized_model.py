@@ -16,6 +16,8 @@ import sys
 from typing import Any
 
 MEMORY = 8 << 30
+# transformers imports them where they are installed; no model is built of them.
+SLOW = ("torchao", "scipy")
 NOT_HERE = "is not in the installed transformers (remote code is never run)"
 # What could run other code, reach for the network, or quantize again.
 LEFT_OUT = (
@@ -37,6 +39,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     answer_to = os.dup(1)
     os.dup2(2, 1)  # libraries print
+    sys.modules.update(dict.fromkeys(SLOW))  # type: ignore[arg-type]  # None: not to be imported
     request = json.load(sys.stdin)
     try:
         config, shapes = cleaned(request["config"]), request["shapes"]

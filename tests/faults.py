@@ -582,7 +582,7 @@ FAULTS = [
     Fault(57, "FP8 normalised to fnuz twice: scales doubled", of_tensors(fp8(), twice_normalised), "fidelity",
           r"gain (1\.99|2\.0)", "float-format"),
     Fault(57, "e4m3 bytes under the dtype of e5m2",
-          of_tensors(fp8(), change("layer.weight", lambda codes: codes.view(torch.float8_e5m2))), "fidelity", "SQNR",
+          of_tensors(fp8(), change("layer.weight", lambda codes: codes.view(torch.float8_e5m2))), "fidelity", "NaN",
           "float-format"),
     Fault(58, "a NaN scale of a block of almost nothing", nan_in_a_block("Q4_0", 18), "integrity", "NaN"),
     Fault(59, "a NaN block from an importance matrix of zeros", nan_in_a_block("Q5_1", 2), "integrity", "NaN"),

@@ -35,6 +35,25 @@ def config_of(kind: str) -> Any:
             return transformers.MixtralConfig(
                 **small, num_key_value_heads=2, num_local_experts=4, tie_word_embeddings=False
             )
+        case "deepseek":
+            return transformers.DeepseekV3Config(
+                **small,
+                moe_intermediate_size=32,
+                n_routed_experts=6,
+                n_group=2,
+                topk_group=1,
+                num_experts_per_tok=2,
+                first_k_dense_replace=1,
+                kv_lora_rank=16,
+                q_lora_rank=24,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=16,
+            )
+        case "ernie":
+            return transformers.Ernie4_5_MoeConfig(
+                **small, num_key_value_heads=2, moe_num_experts=6, moe_k=2, moe_intermediate_size=32
+            )
         case "gpt2":
             return transformers.GPT2Config(vocab_size=131, n_positions=32, n_embd=64, n_layer=2, n_head=4, n_inner=96)
         case "falcon":

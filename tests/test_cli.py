@@ -70,7 +70,11 @@ def test_compare_json_keeps_its_schema_and_exits_with_the_verdict(pair):
 def test_compare_as_text_names_the_broken_tensor(pair):
     done = quantcheck("compare", pair / "broken.safetensors", pair / "reference.safetensors")
     assert done.returncode == 1
-    assert "error: layer.weight: worst block has 0.0 dB" in done.stdout
+    error, likely, *rest = done.stdout.partition("error: ")[2].splitlines()
+    assert error.startswith("layer.weight: SQNR 18.7 dB is under ")
+    assert "; worst block has 0.0 dB" in error
+    assert likely.startswith("  likely damaged-blocks: with 1 of 192 blocks left out")
+    assert not rest
     assert "3 plain tensors are equal to the reference" in done.stdout
 
 

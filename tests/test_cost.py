@@ -40,6 +40,13 @@ def test_memory_is_what_is_loaded_and_one_matrix(tensors, weights, decoded):
     assert [fit.left for fit in cost.gpus] == [fit.memory - cost.load for fit in cost.gpus]
 
 
+@pytest.mark.parametrize("container", ["gguf", "onnx", "tflite"])
+def test_runtimes_that_compute_on_codes_load_every_tensor_and_decode_none(container):
+    tensors = (tensor("a", (3, 5), scheme="ggml-q4_k"), tensor("b", (3, 5), scheme="ggml-q4_k", role="tied"))
+    cost = felt(Artifact("x", container, tensors, 1000))
+    assert (cost.weights, cost.largest_decoded) == (200, 0)
+
+
 def test_downloads_are_bits_over_bandwidth():
     cost = felt(Artifact("x", "safetensors", (), 4_450_923_649))
     assert [link.megabits for link in cost.downloads] == list(LINKS)
@@ -67,7 +74,7 @@ def test_terminal_says_what_the_numbers_are(mistral, capsys):
     sizes.print_explanation(explain(artifact), tree(artifact, 0))
     shown = capsys.readouterr().out.split("\n\n")[-1]
     assert "5 min 56 s at 100 Mbit/s" in shown
-    assert "fits        GeForce RTX 4060 and larger: 3.74 GiB left there" in shown
+    assert "fits        GeForce RTX 4060 and larger, with 3.74 GiB left for that" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -22,6 +22,7 @@ from tests.quantizers import QUANTIZERS, Quantizer, gguf_tensor
 from tests.test_fidelity import plain as plain_model
 from tests.test_fidelity import weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=[quantizer.id for quantizer in QUANTIZERS])
 DISTRIBUTIONS = ("gaussian", "student-t", "outliers")
 # What float32 arithmetic itself keeps of a value that a code meets exactly.

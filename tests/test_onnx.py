@@ -209,6 +209,35 @@ def test_weights_that_the_graph_generates_are_listed_and_weigh_nothing(tmp_path,
     assert sum(artifact.bytes.values()) == artifact.file_bytes
 
 
+QONNX = {"domain": "qonnx.custom_op.general"}
+ROWS = np.ones((1, 3))
+# a graph that rounds a weight [32, 3] and keeps it in floats: nodes, constants, how many values are no parameters
+FAKE = [
+    ("QDQ-per-tensor", [node("QuantizeLinear", ["w", "s", "z"], "q"), node("DequantizeLinear", ["q", "s", "z"], "d")],
+     [tensor("s", 0.5), tensor("z", 0, "int8")], 2),
+    ("QDQ-per-axis", [node("QuantizeLinear", ["w", "s", "z"], "q"), node("DequantizeLinear", ["q", "s", "z"], "d")],
+     [tensor("s", [0.5, 0.25, 1.0]), tensor("z", [0, 1, 2], "int8")], 6),
+    ("Quant", [node("Quant", ["w", "s", "z", "bits"], "d", signed=1, narrow=0, **QONNX)],
+     [tensor("s", ROWS), tensor("z", ROWS), tensor("bits", [4.0])], 7),
+    ("IntQuant", [node("IntQuant", ["w", "s", "z", "bits"], "d", **QONNX)],
+     [tensor("s", ROWS), tensor("z", ROWS), tensor("bits", [4.0])], 7),
+    ("BipolarQuant", [node("BipolarQuant", ["w", "s"], "d", **QONNX)], [tensor("s", ROWS)], 3),
+    ("FloatQuant", [node("FloatQuant", ["w", "s", "e", "m", "bias", "max"], "d", **QONNX)],
+     [tensor("s", ROWS), *(tensor(name, [4.0]) for name in ("e", "m", "bias", "max"))], 7),
+    ("Trunc", [node("Trunc", ["w", "s", "z", "from", "to"], "d", **QONNX)],
+     [tensor("s", ROWS), tensor("z", ROWS), tensor("from", [8.0]), tensor("to", [4.0])], 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "constants", "buffers"), [row[1:] for row in FAKE], ids=[row[0] for row in FAKE])
+def test_a_weight_that_is_rounded_in_the_graph_is_plain_and_the_rest_does_not_count(
+    tmp_path, nodes, constants, buffers
+):
+    model = of_nodes(*nodes, node("MatMul", ["x", "d"], "y"), initializers=[tensor("w", np.ones((32, 3))), *constants])
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    assert (artifact.logical_params, artifact.quantized_params, artifact.buffers) == (96, 0, buffers)
+
+
 def test_two_tensors_at_one_place_are_tied(tmp_path):
     (tmp_path / "w.data").write_bytes(np.arange(6, dtype="float32").tobytes())
     artifact = inspect(save(tmp_path / "m.onnx", two_at(0, (2, 3), (2, 3))))

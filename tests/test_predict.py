@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jsonschema
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 
 import pytest_quantcheck.report
 from pytest_quantcheck import FormatError, architecture, cli, inspect, recipes, unquantized_model
-from pytest_quantcheck.checks.predict import bytes_by_class, kept, predict, predicted
+from pytest_quantcheck.checks.predict import predict, predicted
+from pytest_quantcheck.checks.unquantized import unquantized
 from pytest_quantcheck.recipes.recipe import Unquantized, Weight
 from tests import layouts, models
 from tests.golden import file as golden
@@ -83,11 +85,19 @@ def written(path, config):
 
 def classes(artifact):
     """The bytes of the tensors by class, headers left out."""
-    return dict(bytes_by_class(artifact))
+    found = Counter()
+    for tensor in artifact.tensors:
+        found.update(tensor.bytes)
+    return dict(found)
 
 
-def stored(artifact):
-    return {part.stored.name: part.stored for tensor in artifact.tensors for part in tensor.parts}
+def stored(tensors):
+    return {part.stored.name: (part.stored.dtype, part.stored.shape) for tensor in tensors for part in tensor.parts}
+
+
+def every_tensor(recipe, path):
+    """What a recipe writes, the experts of a layer one by one."""
+    return stored(predicted(recipe, unquantized(path)).tensors)
 
 
 # model as transformers has it, recipe
@@ -115,14 +125,49 @@ def test_transformers_and_bitsandbytes_write_what_was_predicted(tmp_path, monkey
     made = inspect(tmp_path / "quantized")
     for path in [source / "config.json", *([source] if kind != "falcon" else [])]:
         (row,) = predict(path, [recipe]).predicted
-        measured, expected = classes(made), classes(row.artifact)
+        measured, expected = classes(made), dict(row.sizes.bytes)
         records = expected.pop("bookkeeping", 0)
         assert 0 <= records - measured.pop("bookkeeping", 0) <= row.less
         assert expected == measured
-        assert row.artifact.logical_params == made.logical_params == models.parameters(kind)
-        assert {name: (one.dtype, one.shape) for name, one in stored(row.artifact).items() if "state" not in name} == {
-            name: (one.dtype, one.shape) for name, one in stored(made).items() if "state" not in name
-        }
+        assert row.sizes.params == made.logical_params == models.parameters(kind)
+        assert without_states(every_tensor(recipe, path)) == without_states(stored(made.tensors))
+
+
+def without_states(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "state" not in name}
+
+
+# model, values of its routers' `e_score_correction_bias` if they are a buffer
+ROUTED = [("mixtral", 0), ("deepseek", 2 * 6), ("ernie", 0)]
+
+
+@pytest.mark.parametrize(("kind", "buffers"), ROUTED)
+def test_what_the_model_declares_counts_in_a_live_model_a_checkpoint_and_a_configuration(
+    tmp_path, monkeypatch, kind, buffers
+):
+    in_process(monkeypatch)
+    model = models.load(models.save(kind, tmp_path / "made"))
+    path = tmp_path / "loaded"
+    model.save_pretrained(path)
+    checkpoint, config = inspect(path), predict(path / "config.json", ["bf16"])
+    assert checkpoint.buffers == buffers
+    assert classes(checkpoint) == config.predicted[0].sizes.bytes
+    live = inspect(model).logical_params
+    assert [live, checkpoint.logical_params, config.logical_params] == [models.parameters(kind)] * 3
+
+
+def test_the_experts_of_a_layer_are_written_once_and_counted_as_often_as_they_are(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    path = models.save("mixtral", tmp_path)
+    one_by_one = unquantized(path / "config.json")
+    tried = 0
+    for row in predict(path / "config.json").predicted:
+        whole = predicted(row.recipe, one_by_one)
+        assert (row.sizes, row.less, row.refused) == (whole.sizes, whole.less, whole.refused)
+        if row.sizes and row.container == "safetensors":
+            assert len(whole.tensors) - len(row.tensors) == 3 * 3 * (4 - 1)  # layers, matrices, experts but one
+            tried += 1
+    assert tried >= 8
 
 
 @pytest.mark.parametrize(
@@ -147,8 +192,7 @@ def test_compressed_tensors_writes_what_was_predicted(tmp_path, monkeypatch, kin
     ModelCompressor.from_pretrained_model(model).compress_model(model)
     tensors = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     made = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.values()}
-    (row,) = predict(source, [recipe]).predicted
-    assert {name: (_torch(one.dtype), one.shape) for name, one in stored(row.artifact).items()} == made
+    assert {name: (_torch(dtype), shape) for name, (dtype, shape) in every_tensor(recipe, source).items()} == made
 
 
 def _torch(dtype):
@@ -244,7 +288,7 @@ def test_onnxruntime_writes_what_was_predicted(tmp_path, bits, block, zero, shap
     config = {"model_type": "llama"}
     source = Unquantized("a model", config, "F32", sum(rows * columns for rows, columns in shapes), linears)
     row = predicted(f"matmulnbits-{bits}-b{block}-{zero}", source)
-    assert classes(row.artifact) == classes(inspect(tmp_path / "q.onnx"))
+    assert row.sizes.bytes == classes(inspect(tmp_path / "q.onnx"))
 
 
 # model, its configuration, recipe, bytes, where they were read
@@ -260,7 +304,7 @@ PUBLISHED = [
 def test_published_sizes_are_predicted_to_the_byte(tmp_path, monkeypatch, name, config, recipe, size):
     in_process(monkeypatch)
     (row,) = predict(written(tmp_path / "model", config), [recipe]).predicted
-    assert row.artifact.file_bytes == size
+    assert row.sizes.tensor_bytes == size
 
 
 def test_published_parameters_are_predicted(tmp_path, monkeypatch):
@@ -274,8 +318,8 @@ def test_the_puzzle_of_the_four_bit_export_is_predicted(tmp_path, monkeypatch, r
     """SmolLM2-135M: the embedding stays, the tied head is quantized a second time."""
     in_process(monkeypatch)
     (row,) = predict(written(tmp_path / "model", SMOLLM2_135M), [recipe]).predicted
-    assert row.artifact.logical_params == 134_515_008
-    assert classes(row.artifact) == {
+    assert row.sizes.params == 134_515_008
+    assert row.sizes.bytes == {
         "codes": 67_239_936,
         "scales": 134_479_872 // 32 * width,
         "unquantized": (28_311_552 + 35_136) * width,
@@ -285,7 +329,7 @@ def test_the_puzzle_of_the_four_bit_export_is_predicted(tmp_path, monkeypatch, r
 def test_what_stays_unquantized_is_told(tmp_path, monkeypatch):
     in_process(monkeypatch)
     (row,) = predict(written(tmp_path / "model", MISTRAL_7B), ["nf4"]).predicted
-    rows = {group.kind: (group.tensors, group.params, group.bytes) for group in kept(row.artifact)}
+    rows = {group.kind: (group.tensors, group.params, group.bytes) for group in row.sizes.kept}
     assert rows == {
         "embedding": (1, 131_072_000, 262_144_000),
         "head": (1, 131_072_000, 262_144_000),
@@ -308,7 +352,7 @@ def llama_file(tmp_path, **more):
 
 def test_what_fits_is_told_by_budget(tmp_path):
     found = predict(llama_file(tmp_path), ["bf16", "nf4", "fp32"], fits=["70 KB", "60 KiB", "1 MB", "1 B"])
-    sizes = {row.recipe: row.artifact.file_bytes for row in found.predicted}
+    sizes = {row.recipe: row.sizes.tensor_bytes for row in found.predicted}
     assert sizes["fp32"] == 2 * sizes["bf16"] == 4 * found.logical_params
     assert {fit.budget: fit.recipes for fit in found.fits} == {
         budget: tuple(name for name in ("fp32", "bf16", "nf4") if sizes[name] <= limit)
@@ -322,7 +366,7 @@ def test_every_recipe_of_the_table_is_tried_and_says_why_it_is_not_for_the_model
     refused = {row.recipe: row.refused for row in found.predicted if row.refused}
     assert set(refused) == {"awq-4-g128", "fp8-block"}
     assert "no multiple of 128" in refused["awq-4-g128"]
-    assert all((row.artifact is None) == (row.refused is not None) for row in found.predicted)
+    assert all((row.sizes is None) == (row.refused is not None) for row in found.predicted)
 
 
 def test_a_buffer_keeps_its_bytes_and_never_counts(tmp_path):
@@ -332,8 +376,8 @@ def test_a_buffer_keeps_its_bytes_and_never_counts(tmp_path):
     )
     assert buffered.logical_params == without.logical_params
     for row, other in zip(buffered.predicted, without.predicted, strict=True):
-        assert row.artifact.file_bytes - other.artifact.file_bytes == 8 * 40
-        assert bytes_by_class(row.artifact)["buffers"] == 8 * 40
+        assert row.sizes.tensor_bytes - other.sizes.tensor_bytes == 8 * 40
+        assert row.sizes.bytes["buffers"] == 8 * 40
 
 
 REFUSED = [

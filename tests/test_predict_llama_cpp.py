@@ -45,7 +45,7 @@ def check(path, case):
     predicted = predict(path, recipes, dtype="bf16").predicted
     assert len(predicted) >= 2
     for row in predicted:
-        stored = {tensor.stored.name: tensor.stored for tensor in row.artifact.tensors}
+        stored = {tensor.stored.name: tensor.stored for tensor in row.tensors}
         assert {name: tensor.shape for name, tensor in stored.items()} == shapes
         assert {name: tensor.dtype for name, tensor in stored.items()} == written(case, row.recipe), row.recipe
 

@@ -72,14 +72,26 @@ def test_models_survive_saving_loading_copying_and_moving(kind, quantization, sa
     assert_same_weights(copy.deepcopy(model).to("cpu").to("cpu"), tmp_path)
 
 
-def test_experts_that_transformers_fuses_in_memory_are_compared_like_with_like(saved, tmp_path):
-    """transformers 5 keeps a stack of experts in memory and writes them one by one: the names are not the same."""
+def test_experts_that_transformers_fuses_in_memory_are_those_on_disk(saved, tmp_path):
+    """transformers 5 keeps a stack of experts in memory and writes them one by one, under Mixtral's names."""
     model = models.load(saved("mixtral"), **models.NF4)
     model.save_pretrained(tmp_path)
     assert_same_weights(model, models.load(tmp_path))
-    with pytest.raises(AssertionError, match=r"experts\.gate_up_proj: plain 4 x 192 x 64 is on the first side only"):
+    assert_same_weights(model, tmp_path)
+    assert_same_weights(tmp_path, model)
+    experts = model.model.layers[1].mlp.experts
+    experts.gate_up_proj.data[2, 100, 7] += 1
+    different = r"layers.1.mlp.experts.gate_up_proj: 1 of 49,152 decoded values differ, by at most"
+    with pytest.raises(AssertionError, match=different):
         assert_same_weights(model, tmp_path)
-    assert_same_weights(model, tmp_path, skip=["*.mlp.gate", "*.experts.*", "*.block_sparse_moe.*"])
+    with pytest.raises(AssertionError, match=r"experts.2.w3.weight: 1 of 6,144 decoded values differ"):
+        assert_same_weights(tmp_path, model)
+    experts.half()
+    with pytest.raises(AssertionError, match=r"experts.down_proj: is fused on one side only \(4 parts there\)"):
+        assert_same_weights(model, tmp_path)
+    del experts.gate_up_proj
+    with pytest.raises(AssertionError, match=r"experts.0.w1.weight: plain 96 x 64 is on the second side only"):
+        assert_same_weights(model, tmp_path)
 
 
 def test_int8_is_the_same_after_its_first_forward():

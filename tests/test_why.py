@@ -305,6 +305,14 @@ def test_layers_that_look_alike_are_one_branch(tmp_path):
     assert all(node.bytes == sum(child.bytes for child in node.children) for node in (root, layers, *layers.children))
 
 
+def test_a_mixture_that_alternates_is_told_in_one_line_each(tmp_path, capsys):
+    entries = [plain(f"layers.{at}.up.weight", "F32" if at % 3 else "BF16") for at in range(94)]
+    artifact = inspect(checkpoint(tmp_path / "model", entries))
+    sizes.print_explanation(explain(artifact), tree(artifact, 2))
+    branches = [line.split(None, 5)[-1] for line in capsys.readouterr().out.splitlines() if "  layers." in line]
+    assert branches == ["layers.1 to 2, 4 to 5, 7 to 8 ... x 62", "layers.0, 3, 6 ... x 32"]
+
+
 def changes(old: Path, new: Path) -> list[tuple[str, str, int]]:
     return [(row.name, row.change, row.growth) for row in difference(inspect(old), inspect(new)).tensors]
 

@@ -3,9 +3,10 @@
     download  8 * bytes of all files / bandwidth      the link alone: no protocol, no disk, no other user of the line
     load      weights as stored + one decoded matrix  the least a loaded model holds
 
-`weights` are the tensors as stored: codes, scales, unquantized weights, buffers; copies and headers are left out.
-`largest_decoded` is the largest quantized matrix in 16 bit: libraries without a fused kernel decode one weight at a
-time. Not in it: KV cache, activations, the context of the device, what the allocator loses, copies made while loading.
+`weights` are the tensors as stored: codes, scales, unquantized weights, buffers; headers are left out, and so are
+copies, which torch ties. `largest_decoded` is the largest quantized matrix in 16 bit: libraries without a fused kernel
+decode one weight at a time. The runtimes of `AS_STORED` compute on codes and load copies like the rest. Not in it: KV
+cache, activations, the context of the device, what the allocator loses, copies made while loading.
 
 GPU memory is the total that `nvidia-smi` prints, which is less than what is on the box.
 """
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.tensor import DEAD, LogicalTensor
 
+AS_STORED = frozenset({"gguf", "onnx", "tflite"})
 LINKS = (  # Mbit/s
     25,
     100,
@@ -77,9 +79,10 @@ class Cost(NamedTuple):
 
 def felt(artifact: Artifact) -> Cost:
     """Return what an artifact costs whoever downloads and loads it."""
-    loaded = [tensor for tensor in artifact.tensors if tensor.role not in DEAD]
+    as_stored = artifact.container in AS_STORED
+    loaded = [tensor for tensor in artifact.tensors if as_stored or tensor.role not in DEAD]
     weights = sum(tensor.nbytes for tensor in loaded)
-    decoded = max((_decoded(tensor) for tensor in loaded if tensor.quantized), default=0)
+    decoded = 0 if as_stored else max((_decoded(tensor) for tensor in loaded if tensor.quantized), default=0)
     megabits = () if artifact.container == "live" else LINKS
     return Cost(
         tuple(Download(link, 8 * artifact.file_bytes / (link * 10**6)) for link in megabits),

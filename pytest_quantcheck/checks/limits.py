@@ -63,7 +63,10 @@ class Limits(NamedTuple):
 def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
     """Return the row with what was expected and every limit that is broken."""
     expected, why = _expected(row, tensor, limits)
-    faults = [*_not_finite(row), *_changed(row, tensor, limits)]
+    faults = [*_not_finite(row)]
+    if faults:  # no sum says anything beside them
+        return row._replace(expected_sqnr_db=expected, faults=tuple(faults))
+    faults += _changed(row, tensor, limits)
     if expected is None:
         faults.append(f"no SQNR is known to expect of {row.scheme}: give min_sqnr_db")
     elif not row.sqnr_db >= expected:

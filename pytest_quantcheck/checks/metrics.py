@@ -236,13 +236,13 @@ class Fidelity(NamedTuple):
 
     @property
     def min_block_sqnr_db(self) -> float:
-        """The SQNR of the worst quantization block, in dB."""
-        return ratio_db(self.extremes.min_block)
+        """The SQNR of the worst quantization block, in dB; NaN where any value is none."""
+        return math.nan if math.isnan(self.sqnr_db) else ratio_db(self.extremes.min_block)
 
     @property
     def min_row_sqnr_db(self) -> float:
-        """The SQNR of the worst row, in dB."""
-        return ratio_db(self.extremes.min_row)
+        """The SQNR of the worst row, in dB; NaN where any value is none."""
+        return math.nan if math.isnan(self.sqnr_db) else ratio_db(self.extremes.min_row)
 
     @property
     def worst_row(self) -> int | None:

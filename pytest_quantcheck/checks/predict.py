@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_quantcheck import recipes
-from pytest_quantcheck.artifact import Artifact, of_container, uncollected
+from pytest_quantcheck.artifact import BitsPerWeight, of_container, uncollected
 from pytest_quantcheck.checks.unquantized import unquantized
 from pytest_quantcheck.checks.why import Kind, plain_kind
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.quantities import parse_size
-from pytest_quantcheck.recipes.recipe import Unquantized, Written
-from pytest_quantcheck.tensor import ByteClass, Container, LogicalTensor, StoredTensor
+from pytest_quantcheck.recipes.recipe import Unquantized, Written, alike
+from pytest_quantcheck.tensor import COUNTED, ByteClass, Container, LogicalTensor, StoredTensor
 
 # What people have: memory of accelerators is sold in GB and is GiB.
 BUDGETS = ("8 GiB", "12 GiB", "16 GiB", "24 GiB", "48 GiB", "80 GiB")
@@ -35,15 +35,28 @@ class Kept(NamedTuple):
     bytes: int
 
 
-class Predicted(NamedTuple):
-    """What one recipe makes of the model: an artifact of tensors alone, or why there is none.
+class Sizes(NamedTuple):
+    """The tensors that a recipe writes, added up: bytes by class and what stays unquantized, largest first."""
 
-    The records of some formats spell out values: up to `less` bytes may be missing of `artifact.file_bytes`.
+    params: int
+    tensor_bytes: int
+    bytes: Mapping[ByteClass, int]
+    bits_per_weight: BitsPerWeight
+    kept: tuple[Kept, ...]
+
+
+class Predicted(NamedTuple):
+    """What one recipe makes of the model, or why it makes nothing.
+
+    `tensors` has one of those that the experts of a layer have alike. The records of some formats spell out values: up
+    to `less` bytes may be missing of `sizes`.
     """
 
     recipe: str
     title: str
-    artifact: Artifact | None
+    container: str
+    tensors: tuple[LogicalTensor, ...] = ()
+    sizes: Sizes | None = None
     less: int = 0
     refused: str | None = None
 
@@ -78,33 +91,13 @@ def predict(
         recipes.named(name)
     with uncollected():
         model = unquantized(path, dtype)
+        model = model._replace(weights=alike(model.weights))
         rows = tuple(predicted(name, model) for name in names or recipes.shown())
     for row in rows:
         if row.refused and names:
             raise ValueError(f"recipe `{row.recipe}`: {row.refused}")
     fitting = tuple(Fit(budget, size, _within(size, rows)) for budget, size in budgets)
     return Prediction(model.source, model.parameters, model.dtype, rows, fitting)
-
-
-def bytes_by_class(artifact: Artifact) -> dict[ByteClass, int]:
-    """Return the bytes of all tensors, largest class first; a tied head that is written twice is not dead here."""
-    found: Counter[ByteClass] = Counter()
-    for tensor in artifact.tensors:
-        found.update(tensor.bytes)
-    return dict(found.most_common())
-
-
-def kept(artifact: Artifact) -> list[Kept]:
-    """Return what stays unquantized, largest first."""
-    groups: dict[Kind, list[LogicalTensor]] = {}
-    for tensor in artifact.parameters:
-        if not tensor.quantized:
-            groups.setdefault(plain_kind(tensor), []).append(tensor)
-    rows = [
-        Kept(kind, len(same), sum(tensor.params for tensor in same), sum(tensor.nbytes for tensor in same))
-        for kind, same in groups.items()
-    ]
-    return sorted(rows, key=lambda row: -row.bytes)
 
 
 def predicted(name: str, model: Unquantized) -> Predicted:
@@ -114,12 +107,49 @@ def predicted(name: str, model: Unquantized) -> Predicted:
         written = recipe.write(model, options)
         tensors = {stored.name: stored for stored in written.tensors}
     except ValueError as error:
-        return Predicted(name, recipe.title, None, refused=str(error))
+        return Predicted(name, recipe.title, recipe.container, refused=str(error))
     artifact = of_container(_container(recipe.container, f"{model.source} as {name}", tensors, model, written))
-    if artifact.logical_params != model.parameters:
-        what = f"recipe `{name}` writes {artifact.logical_params:,} parameters of {model.parameters:,}"
+    copies = {weight.name: weight.copies for weight in model.weights}
+    sizes = _sizes([(tensor, copies.get(tensor.name, 1)) for tensor in artifact.tensors])
+    if sizes.params != model.parameters:
+        what = f"recipe `{name}` writes {sizes.params:,} parameters of {model.parameters:,}"
         raise FormatError(what, file=model.source)
-    return Predicted(name, recipe.title, artifact, written.less)
+    return Predicted(name, recipe.title, recipe.container, artifact.tensors, sizes, written.less)
+
+
+def _sizes(tensors: Sequence[tuple[LogicalTensor, int]]) -> Sizes:
+    """Tensors and how many copies there are of each; a tied head that is written twice is not dead here."""
+    classes: Counter[ByteClass] = Counter()
+    params: Counter[bool] = Counter()
+    nbytes: Counter[bool] = Counter()
+    for tensor, copies in tensors:
+        for kind, size in tensor.bytes.items():
+            classes[kind] += copies * size
+        if tensor.role in COUNTED:
+            params[tensor.quantized] += copies * tensor.params
+            nbytes[tensor.quantized] += copies * tensor.nbytes
+    bits = BitsPerWeight(
+        8 * nbytes[True] / params[True] if params[True] else None,
+        8 * nbytes.total() / params.total() if params.total() else None,
+    )
+    return Sizes(params.total(), classes.total(), dict(classes.most_common()), bits, _kept(tensors))
+
+
+def _kept(tensors: Sequence[tuple[LogicalTensor, int]]) -> tuple[Kept, ...]:
+    groups: dict[Kind, list[tuple[LogicalTensor, int]]] = {}
+    for tensor, copies in tensors:
+        if tensor.role in COUNTED and not tensor.quantized:
+            groups.setdefault(plain_kind(tensor), []).append((tensor, copies))
+    rows = (
+        Kept(
+            kind,
+            sum(copies for _, copies in same),
+            sum(copies * tensor.params for tensor, copies in same),
+            sum(copies * tensor.nbytes for tensor, copies in same),
+        )
+        for kind, same in groups.items()
+    )
+    return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
 def _container(
@@ -135,5 +165,5 @@ def _container(
 
 
 def _within(size: int, rows: Sequence[Predicted]) -> tuple[str, ...]:
-    fitting = [(row.artifact.file_bytes, row.recipe) for row in rows if row.artifact]
+    fitting = [(row.sizes.tensor_bytes, row.recipe) for row in rows if row.sizes]
     return tuple(name for nbytes, name in sorted(fitting, key=lambda row: -row[0]) if nbytes <= size)

@@ -1,6 +1,8 @@
 """Two artifacts hold the same weights: every part of every tensor, bit for bit.
 
-    names      the same on both sides; buffers that are not saved, and copies that nobody uses, only where both are live
+    names      the same on both sides, or known to be one another's (`pairing`); buffers that are not saved, and copies
+               that nobody uses, only where both are live
+    fused      plain tensors that are one stack on one side and many on the other: the values, bit for bit
     tensor     the same scheme, the same logical shape, the same role
     part       the same dtype, the same number of bytes, the same bytes: codes, scales, zero points, codebooks, indices
 
@@ -12,20 +14,25 @@ codes that are packed otherwise in memory than on disk. Bytes are read in window
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from pytest_quantcheck import dtypes
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.coverage import matches
+from pytest_quantcheck.checks.pairing import Pairing
+from pytest_quantcheck.checks.pairing import pair as pair_tensors
 from pytest_quantcheck.checks.verdict import Verdict, worst
+from pytest_quantcheck.checks.views import is_view
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.finding import Finding, Severity
 from pytest_quantcheck.quantities import counted, format_shape
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import COUNTED, LogicalTensor, Part, StoredTensor
 
 WINDOW = 4 << 20
 CHECK = "same-weights"
+EXACT = frozenset({"F32", "F16", "BF16"})  # what float32 holds to the bit
 
 
 class _Pair(NamedTuple):
@@ -39,17 +46,16 @@ class _Pair(NamedTuple):
 def check_same_weights(one: Artifact, other: Artifact, *, skip: Sequence[str] = ()) -> Verdict:
     """Require every tensor to be on both sides and bit-equal; `skip` are patterns of tensors that are left out."""
     findings: list[Finding] = []
-    pairs: list[_Pair] = []
     alike = one.container == other.container
-    there = _by_name(other)
-    for tensor in _selected(one, skip):
-        match = there.get(tensor.name)
-        if match is None:
-            findings.append(_alone(tensor, "first", alike=alike))
-        else:
-            pairs.append(_Pair(tensor, match, alike))
-    here = _by_name(one)
-    findings += [_alone(tensor, "second", alike=alike) for tensor in _selected(other, skip) if tensor.name not in here]
+    here, there = _by_name(one), _by_name(other)
+    pairs = [_Pair(tensor, there[tensor.name], alike) for tensor in _selected(one, skip) if tensor.name in there]
+    alone = (
+        replace(one, tensors=tuple(tensor for tensor in _selected(one, skip) if tensor.name not in there)),
+        replace(other, tensors=tuple(tensor for tensor in _selected(other, skip) if tensor.name not in here)),
+    )
+    renamed = pair_tensors(*alone)
+    pairs += [_Pair(tensor, match, alike) for tensor, match in renamed.pairs]
+    findings += _unmatched(alone, renamed, alike=alike)
     for pair in pairs:
         findings += _compare(pair)
     if not any(pair.one.role != "buffer" and pair.one.params for pair in pairs):
@@ -77,6 +83,19 @@ def _selected(artifact: Artifact, skip: Sequence[str]) -> Iterator[LogicalTensor
     return (tensor for tensor in artifact.tensors if not any(matches(tensor.name, pattern) for pattern in skip))
 
 
+def _unmatched(alone: tuple[Artifact, Artifact], renamed: Pairing, *, alike: bool) -> Iterator[Finding]:
+    """What no name of the other side stands for, and what is of another shape there."""
+    shapes = {finding.tensor: finding for finding in renamed.findings if finding.check == "shape"}
+    for finding in shapes.values():
+        yield finding._replace(check=CHECK)
+    missing = {finding.tensor for finding in renamed.findings} - shapes.keys()
+    compared = {tensor.name for tensor, _ in renamed.pairs}
+    for artifact, side in zip(alone, ("first", "second"), strict=True):
+        for tensor in artifact.tensors:
+            if tensor.name in missing or (tensor.role not in COUNTED and tensor.name not in compared):
+                yield _alone(tensor, side, alike=alike)
+
+
 def _alone(tensor: LogicalTensor, side: str, *, alike: bool) -> Finding:
     """A file has no buffers that are not saved, and no copies that PEFT keeps aside."""
     optional = tensor.role in ("buffer", "shadow", "tied") and not alike
@@ -96,6 +115,9 @@ def _compare(pair: _Pair) -> Iterator[Finding]:
 
 def _differences(pair: _Pair) -> Iterator[str]:
     one, other = pair.one, pair.other
+    if is_view(other):
+        yield from _fused_differences(one, other)
+        return
     if one.scheme != other.scheme:
         yield f"is {one.scheme} on one side, {other.scheme} on the other"
         return
@@ -116,6 +138,18 @@ def _differences(pair: _Pair) -> Iterator[str]:
     if values:
         yield f"{_layouts(one.layout, other.layout)}, and {values}"
         yield from (*codes, *rest) if codes else ()
+
+
+def _fused_differences(one: LogicalTensor, other: LogicalTensor) -> Iterator[str]:
+    """What differs from a view of several tensors: their parts lie elsewhere, so the values are held to the bit."""
+    written = {part.stored.dtype for part in (*one.parts, *other.parts)}
+    if one.quantized or other.quantized or len(written) > 1 or not written <= EXACT:
+        what = counted(len(other.parts), "part")
+        yield f"is fused on one side only ({what} there): bit-equality is said of plain tensors of one dtype alone"
+        return
+    values = _value_differences(one, other)
+    if values:
+        yield values
 
 
 def _rest(pair: _Pair) -> Iterator[str]:

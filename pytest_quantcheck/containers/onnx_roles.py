@@ -41,6 +41,14 @@ BUFFERS = {
     "Pad": (2,),
     "OneHot": (2,),
     "STFT": (2,),
+    # Weights that stay floats and are rounded in the graph: scales, zero points, bits. Quant and kin are QONNX.
+    "QuantizeLinear": (1, 2),
+    "DequantizeLinear": (1, 2),
+    "Quant": (1, 2, 3),
+    "IntQuant": (1, 2, 3),
+    "BipolarQuant": (1,),
+    "FloatQuant": (1, 2, 3, 4, 5),
+    "Trunc": (1, 2, 3, 4, 5),
 }
 
 # What an operator takes that an optimizer sees, where the graph generates it: weights of models without payload.

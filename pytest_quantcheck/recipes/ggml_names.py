@@ -12,12 +12,11 @@ to the tokenizer, which a configuration does not know.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytest_quantcheck.containers import gguf_names
-from pytest_quantcheck.recipes.recipe import Unquantized, Weight, stored
+from pytest_quantcheck.recipes.recipe import EXPERT, Unquantized, Weight, stored
 from pytest_quantcheck.tensor import StoredTensor
 
 # `model_type` of a configuration -> `general.architecture` of the file.
@@ -29,7 +28,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 WITH_ROPE_FREQS = frozenset({"llama", "granite", "smollm3", "arcee"})
 WIDE = frozenset({"ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd"})
-_EXPERT = re.compile(r"(?<=\.experts)\.[0-9]+(?=\.)")
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -51,7 +49,7 @@ def tensors(model: Unquantized, experts: int) -> list[StoredTensor]:
         if weight.kind == "buffer":
             continue
         name = _name(weight, layers, names)
-        stacks[name] = stacks.get(name, 0) + 1
+        stacks[name] = stacks.get(name, 0) + weight.copies
         found[name] = _stored(name, weight)
     stacked = (_stack(tensor, stacks[name]) for name, tensor in found.items())
     return [*stacked, *_extra(model.config, kind)]
@@ -61,7 +59,7 @@ def _name(weight: Weight, layers: str, names: Mapping[str, str]) -> str:
     module, _, last = weight.name.rpartition(".")
     prefix = f"{layers}."
     number, _, inside = module.removeprefix(prefix).partition(".") if module.startswith(prefix) else ("", "", module)
-    inside = _EXPERT.sub("", inside)
+    inside = EXPERT.sub("", inside)
     if inside not in names:
         raise ValueError(f"`{weight.name}` has no name in llama.cpp that is known here")
     name = f"{names[inside]}.{last}"

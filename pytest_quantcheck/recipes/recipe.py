@@ -9,6 +9,7 @@ schemes read what was written, as they read a real file.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 Kind = Literal["linear", "conv1d", "head", "embedding", "expert", "stack", "other", "buffer"]
 
 TOWER = re.compile(r"(^|\.)(encoder|vision\w*|visual|audio\w*)\.")  # what is beside a decoder of text
+EXPERT = re.compile(r"(?<=\.experts)\.[0-9]+(?=\.)")  # its number, behind those of all experts of a layer
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # modules that pick experts
 
 
 class Weight(NamedTuple):
     """One tensor of the unquantized checkpoint.
 
-    `own` is its dtype where it is no float. Under the dtypes of `wide` loaders keep it in F32.
+    `own` is its dtype where it is no float. Under the dtypes of `wide` loaders keep it in F32. `copies`: so many
+    experts of a layer have one like it, and `name` is the first one's.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Weight(NamedTuple):
     kind: Kind
     wide: tuple[str, ...] = ()
     own: str | None = None
+    copies: int = 1
 
     @property
     def module(self) -> str:
@@ -72,6 +76,21 @@ class Unquantized(NamedTuple):
     tied_head: str | None = None
     ggml: tuple[StoredTensor, ...] = ()
     keys: Mapping[str, str] = {}
+
+
+def alike(weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Return one weight for the experts of a layer that have one like it: recipes treat all of them the same.
+
+    >>> alike(Weight(f"layers.3.experts.{number}.up_proj.weight", (2, 3), "expert") for number in range(8))[0].copies
+    8
+    """
+    first: dict[Weight, Weight] = {}
+    copies: Counter[Weight] = Counter()
+    for weight in weights:
+        group = weight._replace(name=EXPERT.sub("", weight.name))
+        first.setdefault(group, weight)
+        copies[group] += weight.copies
+    return tuple(weight._replace(copies=copies[group]) for group, weight in first.items())
 
 
 class Written(NamedTuple):

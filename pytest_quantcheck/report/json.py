@@ -12,7 +12,7 @@ from pytest_quantcheck.checks.cost import Cost
 from pytest_quantcheck.checks.diff import Difference, Total
 from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
 from pytest_quantcheck.checks.metrics import Shard
-from pytest_quantcheck.checks.predict import Predicted, Prediction, bytes_by_class, kept
+from pytest_quantcheck.checks.predict import Predicted, Prediction
 from pytest_quantcheck.checks.tree import Node
 from pytest_quantcheck.checks.why import Explanation, Reason
 from pytest_quantcheck.finding import Finding
@@ -126,17 +126,17 @@ def of_prediction(prediction: Prediction) -> dict[str, Any]:
 
 
 def _predicted(row: Predicted) -> dict[str, Any]:
-    artifact = row.artifact
-    bits = artifact.bits_per_weight if artifact else None
+    sizes = row.sizes
+    bits = sizes and sizes.bits_per_weight
     return {
         "recipe": row.recipe,
         "made_by": row.title,
-        "container": artifact and artifact.container,
-        "tensor_bytes": artifact and artifact.file_bytes,
+        "container": sizes and row.container,
+        "tensor_bytes": sizes and sizes.tensor_bytes,
         "less_at_most": row.less,
-        "bytes": artifact and bytes_by_class(artifact),
+        "bytes": sizes and sizes.bytes,
         "bits_per_weight": bits and {"quantized": _rounded(bits.quantized), "model": _rounded(bits.model)},
-        "unquantized": [left._asdict() for left in kept(artifact)] if artifact else [],
+        "unquantized": [left._asdict() for left in sizes.kept] if sizes else [],
         "refused": row.refused,
     }
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.checks.predict import Fit, Predicted, Prediction, bytes_by_class, kept
+from pytest_quantcheck.checks.predict import Fit, Predicted, Prediction, Sizes
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.quantities import counted, format_count, format_sizes
 from pytest_quantcheck.report.sizes import WHAT, Line, columns, print_lines
@@ -20,8 +19,8 @@ def print_prediction(prediction: Prediction, *, in_full: bool) -> None:
     print_lines(_head(prediction))
     if in_full:
         for row in prediction.predicted:
-            if row.artifact:
-                print_lines(_in_full(row, row.artifact))
+            if row.sizes:
+                print_lines(_in_full(row, row.sizes))
     else:
         print_lines(_table(prediction.predicted))
     print_lines(_fitting(prediction.fits, len(prediction.predicted)))
@@ -39,9 +38,9 @@ def _table(predicted: Sequence[Predicted]) -> Iterator[Line]:
     yield "", ""
     yield f"{'tensor bytes':>23}{'bits':>8}  recipe", "bold"
     for row in predicted:
-        if row.artifact:
-            bits = row.artifact.bits_per_weight.model or 0
-            yield f"{columns(row.artifact.file_bytes)}{bits:8.3f}  {row.recipe:<22}  {row.title}", ""
+        if row.sizes:
+            bits = row.sizes.bits_per_weight.model or 0
+            yield f"{columns(row.sizes.tensor_bytes)}{bits:8.3f}  {row.recipe:<22}  {row.title}", ""
     refused: dict[str, list[str]] = {}
     for row in predicted:
         if row.refused:
@@ -51,18 +50,18 @@ def _table(predicted: Sequence[Predicted]) -> Iterator[Line]:
         yield from ((line, "dim") for line in wrap(printable(f"not {', '.join(names)}: {reason}"), WIDTH))
 
 
-def _in_full(row: Predicted, artifact: Artifact) -> Iterator[Line]:
-    size, bits = artifact.file_bytes, artifact.bits_per_weight
+def _in_full(row: Predicted, sizes: Sizes) -> Iterator[Line]:
+    size, bits = sizes.tensor_bytes, sizes.bits_per_weight
     yield "", ""
-    yield f"{row.recipe} ({row.title}, {artifact.container})", "bold"
+    yield f"{row.recipe} ({row.title}, {row.container})", "bold"
     yield f"tensors     {format_sizes(size)}, {size:,} bytes", ""
     if row.less:
         yield f"{INDENT}up to {row.less:,} fewer: records spell out values", ""
     quantized = f", {bits.quantized:.3f} where quantized" if bits.quantized else ""
     yield f"bits        {bits.model or 0:.3f} per weight{quantized}", ""
-    for kind, nbytes in bytes_by_class(artifact).items():
+    for kind, nbytes in sizes.bytes.items():
         yield f"{nbytes / size:6.1%}  {columns(nbytes)}  {kind}", ""
-    left = kept(artifact) if artifact.quantized_params else []
+    left = sizes.kept if bits.quantized else ()
     if left:
         yield "unquantized", ""
     for group in left:

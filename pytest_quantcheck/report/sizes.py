@@ -15,6 +15,7 @@ from pytest_quantcheck.report import durations
 from pytest_quantcheck.report.terminal import open_console
 
 INDENT = " " * 34
+RUNS = 3
 
 WHAT: dict[Kind, str] = {
     "codes": "codes",
@@ -130,7 +131,8 @@ def _cost_lines(cost: Cost) -> Iterator[Line]:
         times = [f"{durations.duration(link.seconds)} at {durations.speed(link.megabits)}" for link in cost.downloads]
         yield f"download    {', '.join(times[:2])},", ""
         yield f"            {', '.join(times[2:])}: the link alone", ""
-    yield f"load        {format_sizes(cost.load)} at least: weights as stored", ""
+    end = "" if cost.largest_decoded else ";"
+    yield f"load        {format_sizes(cost.load)} at least: weights as stored{end}", ""
     if cost.largest_decoded:
         yield f"            and the largest quantized matrix in 16 bit, {format_sizes(cost.largest_decoded)};", ""
     yield "            not in it: KV cache, activations, the context of the device", ""
@@ -139,7 +141,7 @@ def _cost_lines(cost: Cost) -> Iterator[Line]:
         largest = cost.gpus[-1]
         yield f"fits        no single GPU: {largest.gpu} lacks {format_binary_size(-largest.left)}", ""
         return
-    yield f"fits        {smallest.gpu} and larger: {format_binary_size(smallest.left)} left there", ""
+    yield f"fits        {smallest.gpu} and larger, with {format_binary_size(smallest.left)} left for that", ""
 
 
 def _tree_lines(root: Node) -> Iterator[Line]:
@@ -149,10 +151,18 @@ def _tree_lines(root: Node) -> Iterator[Line]:
 
 def _branch_lines(node: Node, whole: int, level: int) -> Iterator[Line]:
     for child in node.children:
-        count = f" x {child.number:,}" if child.number > 1 and " to " not in child.name else ""
-        name = printable(f"{'  ' * level}{child.name}{count}")
+        name = printable(f"{'  ' * level}{_name(child)}")
         yield f"{child.bytes / whole:6.1%}  {columns(child.bytes)}  {name}", "" if child.children else "dim"
         yield from _branch_lines(child, whole, level + 1)
+
+
+def _name(node: Node) -> str:
+    """Its name and how many it stands for, where the name does not say it; of many runs of layers the first few."""
+    runs = node.name.split(", ") if node.level == "layers" else [node.name]
+    if node.number == 1 or (len(runs) == 1 and " to " in node.name):
+        return node.name
+    more = " ..." if len(runs) > RUNS else ""
+    return f"{', '.join(runs[:RUNS])}{more} x {node.number:,}"
 
 
 def _class_lines(difference: Difference) -> Iterator[Line]:

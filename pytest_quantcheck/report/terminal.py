@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_quantcheck.artifact import Artifact
-from pytest_quantcheck.checks.fidelity import Comparison, Fidelity
+from pytest_quantcheck.checks.fidelity import Comparison, Fidelity, check_fidelity
 from pytest_quantcheck.checks.verdict import WORST
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.finding import Finding
@@ -58,7 +58,11 @@ def print_comparison(comparison: Comparison) -> None:
     print(f"\n{counted(len(comparison.tensors), 'tensor')} compared{total}")
     if equal:
         print(f"{len(equal):,} plain tensors are equal to the reference")
-    _print_findings(comparison.findings)
+    for line in check_fidelity(comparison).details:  # the worst tensors, and under each what is likely
+        print(printable(line if line.startswith((" ", "... and ")) else f"error: {line}"))
+    _print_findings(
+        [found for found in comparison.findings if found.severity != "error" and found.check != "diagnosis"]
+    )
 
 
 def artifact_lines(artifact: Artifact) -> Iterator[str]:

@@ -29,8 +29,12 @@ BUFFERS = frozenset(
         "position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "cos_cached", "sin_cached",
         "running_mean", "running_var", "num_batches_tracked", "masked_bias", "causal_mask", "attn_mask",
         "relative_position_index", "relative_coords_table", "embed_positions", "mel_filters", "window",
+        "e_score_correction_bias",
     }
 )  # fmt: skip
+
+# The models of transformers 5.17 that declare one of these names as a parameter.
+DECLARED = {"e_score_correction_bias": frozenset({"ernie4_5_moe", "ernie4_5_vl_moe", "laguna"})}
 
 # Last components that only parts of encoded weights have.
 PARTS = frozenset(
@@ -62,7 +66,7 @@ FLOORS_DB = {
 
 def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
     """Return the tensor as its own logical tensor, or raise `UnknownEncoding` where it cannot be plain numbers."""
-    role = _role(stored)
+    role = _role(stored, namespace)
     kind: ByteClass = "buffers" if role == "buffer" else "unquantized"
     return LogicalTensor(
         stored.name,
@@ -76,7 +80,7 @@ def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
     )
 
 
-def _role(stored: StoredTensor) -> Role:
+def _role(stored: StoredTensor, namespace: Namespace) -> Role:
     last = stored.name.rpartition(".")[2]
     if last in PARTS or stored.name.endswith(PART_ENDINGS):
         raise UnknownEncoding(
@@ -85,7 +89,8 @@ def _role(stored: StoredTensor) -> Role:
         )
     if stored.role is not None:
         return _role_of_live(stored)
-    if last in BUFFERS or _is_gpt2_mask(stored, last):
+    declared = namespace.config.get("model_type") in DECLARED.get(last, ())
+    if (last in BUFFERS and not declared) or _is_gpt2_mask(stored, last):
         return "buffer"
     kind = DTYPES[stored.dtype].kind
     if kind == "bool" or stored.dtype == "I64" or (kind == "int" and not stored.shape):

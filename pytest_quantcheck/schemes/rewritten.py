@@ -147,12 +147,12 @@ def add(units: torch.Tensor, bits: int, number: int) -> torch.Tensor:
 
 def fill(units: torch.Tensor, bits: int, number: int) -> torch.Tensor:
     """Return 2-, 4- or 8-bit fields that all hold one number."""
-    return units.fill_(0) + sum(number << shift for shift in range(0, 8, bits))
+    return units.new_zeros(units.shape) + sum(number << shift for shift in range(0, 8, bits))
 
 
 def put(units: torch.Tensor, number: int) -> torch.Tensor:
     """Return little-endian integers that are all one number below 256."""
-    units = units.fill_(0)
+    units = units.new_zeros(units.shape)
     units[:, 0] = number
     return units
 

@@ -319,7 +319,7 @@ def nearest_level(values: torch.Tensor, levels: tuple[float, ...], inverse: torc
     if bool(entries.sum().isnan()):
         entries.nan_to_num_()
     table = _level_table(levels).to(values.device)
-    return table.index_select(0, entries.view(-1).int()).view(values.shape)
+    return table.index_select(0, entries.reshape(-1).int()).view(values.shape)
 
 
 @lru_cache
