@@ -119,7 +119,9 @@ def _marked(request: pytest.FixtureRequest) -> tuple[ModelSource, dict[str, Any]
 
 
 def _resolve(path: str | os.PathLike[str], request: pytest.FixtureRequest) -> str:
-    """Paths in tests are relative to the root of the test run."""
+    """Paths in tests are relative to the root of the test run; a URL is as it is."""
+    if "://" in os.fspath(path):
+        return os.fspath(path)
     return os.path.join(request.config.rootpath, os.path.expanduser(path))
 
 
