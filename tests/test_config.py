@@ -163,14 +163,13 @@ def test_what_makes_no_sense_is_one_line_with_file_and_line(tmp_path, monkeypatc
         ("artifact = 3", "has no [[artifact]]"),
         ("[artifact]\nsize = 3", "has no [[artifact]]"),
         ("[[artifact]]\nsize = 3", ":1: an artifact needs a `path`"),
-        ('[[artifact]]\npath = "https://x/y"\nsize = 3', ":2: `path`: remote artifacts are not read yet"),
         (
             '[[artifact]]\npath = "x/a"\nsize = 1\n[[artifact]]\npath = "x/a"\nsize = 2',
             ":2: 2 artifacts are called `x/a`",
         ),
         ("\xff", "is not UTF-8"),
     ],
-    ids=["empty", "a-number", "one-table", "no-path", "url", "twice", "latin-1"],
+    ids=["empty", "a-number", "one-table", "no-path", "twice", "latin-1"],
 )
 def test_a_file_without_artifacts_is_refused(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)

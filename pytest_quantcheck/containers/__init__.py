@@ -54,6 +54,7 @@ def open_path(path: str | os.PathLike[str]) -> Container:
 
 def _open_url(url: str) -> Container:
     """The container in one file of a server, which its name tells."""
+    remote.checked(url)
     shown = remote.shown(url)
     for container in CONTAINERS:
         if not container.accepts(shown):

@@ -68,7 +68,24 @@ def shown(path: str) -> str:
         return path
     authority, slash, place = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     host = authority.rpartition("@")[2]
-    return f"{scheme}://{host}{slash}{place}" if _AUTHORITY.fullmatch(host) else f"{scheme}://..."
+    return f"{scheme}://{host}{slash}{place}" if not host or _AUTHORITY.fullmatch(host) else f"{scheme}://..."
+
+
+def checked(url: str) -> SplitResult:
+    """Return the parts of a URL that can be asked; anything else is a `FormatError`."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  (raises where it is none)
+    except ValueError:
+        raise FormatError("is not a URL", file=shown(url)) from None
+    if parts.scheme not in ("http", "https"):
+        raise FormatError(f"is a URL of the scheme `{parts.scheme}` (https and http are read)", file=shown(url))
+    if "@" in parts.netloc:
+        what = "is a URL with a user name or password in it (they would end up in logs): refused"
+        raise FormatError(what, file=shown(url))
+    if not _AUTHORITY.fullmatch(parts.netloc) or not re.fullmatch("[!-~]+", url):
+        raise FormatError("is not a URL (what is not ASCII, and spaces, are written as %20)", file=shown(url))
+    return parts
 
 
 class Version(NamedTuple):
@@ -205,7 +222,7 @@ class _Connection:
         self.target = url
 
     def _send(self, start: int, stop: int) -> http.client.HTTPResponse:
-        parts = _checked(self.target)
+        parts = checked(self.target)
         self._line = self._line or _line(parts)
         was_open = self._line.sock is not None
         if was_open:
@@ -268,29 +285,13 @@ def _wanted(start: int, stop: int) -> dict[str, str]:
     return {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity", "User-Agent": "pytest-quantcheck"}
 
 
-def _checked(url: str) -> SplitResult:
-    """The parts of a URL that can be asked; anything else is a `FormatError`."""
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018  (raises where it is none)
-    except ValueError as error:
-        raise FormatError(f"is not a URL ({error})") from None
-    if parts.scheme not in ("http", "https"):
-        raise FormatError(f"is a URL of the scheme `{parts.scheme}` (https and http are read)")
-    if "@" in parts.netloc:
-        raise FormatError("is a URL with a user name or password in it (they would end up in logs): refused")
-    if not _AUTHORITY.fullmatch(parts.netloc) or not re.fullmatch("[!-~]+", url):
-        raise FormatError("is not a URL (what is not ASCII, and spaces, are written as %20)")
-    return parts
-
-
 def _next(url: str, location: str | None) -> str:
     """Where a redirect leads."""
     if not location:
         raise FormatError("is redirected without saying where to")
     target = urljoin(url, quote(location, safe=string.punctuation, encoding="iso-8859-1"))
     try:
-        parts = _checked(target)
+        parts = checked(target)
     except FormatError as error:
         raise FormatError(f"is redirected to `{shown(target)}`, which {error.what}") from None
     if url.startswith("https:") and parts.scheme != "https":
@@ -346,6 +347,6 @@ def _said(error: OSError | http.client.HTTPException) -> str:
         return f"the certificate of the server is not valid: {error.verify_message}"
     if isinstance(error, http.client.IncompleteRead):
         return f"the answer ends after {len(error.partial):,} bytes"
-    if isinstance(error, http.client.HTTPException):
+    if not isinstance(error, OSError):
         return f"the server does not answer as HTTP has it ({type(error).__name__})"
     return f"the server cannot be read: {error.strerror or error}"
