@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from pytest_quantcheck import lock
 from pytest_quantcheck.checks.fidelity import Limits
-from pytest_quantcheck.containers.remote import is_url, shown
+from pytest_quantcheck.containers.remote import checked, is_url, shown
+from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.keys import CHECKS, ELSEWHERE, closest
 from pytest_quantcheck.toml_lines import Path, key_lines
 
@@ -231,8 +232,17 @@ def _check_keys(table: _Table) -> None:
             raise ValueError(f"{table.at(key)}: `marks` is not a list of texts")
         if key in TEXTS and not (isinstance(value, str) and value):
             raise ValueError(f"{table.at(key)}: `{key}` is not a text")
+        if key in ("path", "reference") and is_url(value):
+            _check_url(table, key)
     if "path" not in table.values:
         raise ValueError(f"{table.at('')}: an artifact needs a `path`")
+
+
+def _check_url(table: _Table, key: str) -> None:
+    try:
+        checked(table.values[key])
+    except FormatError as error:
+        raise ValueError(f"{table.at(key)}: `{key}`: {error}") from None
 
 
 def _setting(table: _Table, key: str) -> Any:

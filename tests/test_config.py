@@ -138,8 +138,15 @@ REFUSED = [
     ('path2 = "x"', ":3: unknown key `path2` (did you mean `path`?"),
     ('name = ""\nsize = 1', ":3: `name` is not a text"),
     ('marks = "slow"\nsize = 1', ":3: `marks` is not a list of texts"),
-    ('reference = "hf://org/model"', ":3: `reference`: remote artifacts are not read yet (`hf://org/model`)"),
+    (
+        'reference = "hf://org/model"',
+        ":3: `reference`: hf://org/model: is a URL of the scheme `hf`",
+    ),
     ("", ":1: checks nothing (give at least one of logical_params, size, "),
+    (
+        'reference = "https://me:s3cret@x/y"',
+        ":3: `reference`: https://x/y: is a URL with a user name or",
+    ),
     ("size = [", ": is not TOML: "),
     ("size = 1\n[defaults]\nsize = 2", ":4: unknown key `defaults` (known: artifact)"),
     ("size = 1\nsize = 2", ": is not TOML: "),
