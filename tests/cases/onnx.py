@@ -478,7 +478,7 @@ def pruned(shape: tuple[int, ...], stored: int, *, dtype: str = "float32", const
         nodes = [onnx.helper.make_node("MatMul", ["w", "x"], ["y"])]
         if constant:
             nodes.insert(0, onnx.helper.make_node("Constant", [], ["w"], sparse_value=sparse))
-        model = model_of(nodes, [], [("x", kind, [shape[-1], "n"])], [("y", kind, None)])
+        model = model_of(nodes, [], [("x", kind, [shape[-1], "n"])], [("y", kind, ["m"] * len(shape))])
         if not constant:
             model.graph.sparse_initializer.append(sparse)
         onnx.checker.check_model(model)
