@@ -662,6 +662,7 @@ REFUSED = [
     ("same-name", model_of([], [tensor("w", [1.0]), tensor("w", [2.0])], [], []), "names two constants"),
     ("no-name", model_of([], [tensor("", [1.0])], [], []), "without a name"),
     *SPARSE,
+    ("sparse-of-many-dimensions", sparse([0], dims=[1] * 65, values=[1.0]), "65 dimensions"),
     ("sparse-text", sparse_text(), "is sparse STRING, not read"),
     ("sparse-nibbles", sparse_nibbles(), "is sparse INT4, not read"),
     ("sparse-scales", sparse_scales(), "sparse scales for MatMulNBits (node `n`)"),
