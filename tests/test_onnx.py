@@ -662,6 +662,7 @@ REFUSED = [
     ("same-name", model_of([], [tensor("w", [1.0]), tensor("w", [2.0])], [], []), "names two constants"),
     ("no-name", model_of([], [tensor("", [1.0])], [], []), "without a name"),
     *SPARSE,
+    ("sparse-of-many-dimensions", sparse([0], dims=[1] * 65, values=[1.0]), "65 dimensions"),
     ("sparse-text", sparse_text(), "is sparse STRING, not read"),
     ("sparse-nibbles", sparse_nibbles(), "is sparse INT4, not read"),
     ("sparse-scales", sparse_scales(), "sparse scales for MatMulNBits (node `n`)"),
@@ -843,7 +844,7 @@ def test_sparse_tensors_that_begin_alike_are_no_duplicates(tmp_path):
     model = of_nodes(*(node("MatMul", ["x", name], f"y{name}") for name in "uvw"))
     for name, last in (("u", 1.0), ("v", 2.0), ("w", 1.0)):
         values[-1] = last
-        made = helper.make_sparse_tensor(tensor(name, values), tensor("", places, "int64"), [32, 2_500])
+        made = helper.make_sparse_tensor(tensor(name, values), tensor("", places, "int64"), [32, 50, 50])
         model.graph.sparse_initializer.append(made)
     artifact = inspect(save(tmp_path / "m.onnx", model))
     assert [(first.name, copy.name) for first, copy in repeated(artifact)] == [("u", "w")]

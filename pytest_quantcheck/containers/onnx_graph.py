@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pytest_quantcheck.containers import onnx_sparse
-from pytest_quantcheck.containers.onnx_tensors import Constant, Data
+from pytest_quantcheck.containers.onnx_tensors import MAX_DIMENSIONS, Constant, Data
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 
 CONSTANT_LIMIT = 200_000
-MAX_DIMENSIONS = 64
 
 
 class Slot(NamedTuple):

@@ -22,7 +22,7 @@ from operator import ge
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck.containers import files
-from pytest_quantcheck.containers.onnx_tensors import FILLED_LIMIT, Constant, Data
+from pytest_quantcheck.containers.onnx_tensors import FILLED_LIMIT, MAX_DIMENSIONS, Constant, Data
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.tensor import StoredTensor
@@ -100,6 +100,8 @@ def constant(tensor: Any, name: str, data: Data) -> Constant:
     Raises `FormatError` where it contradicts itself.
     """
     shape = tuple(tensor.dims)
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"has {len(shape):,} dimensions (limit {MAX_DIMENSIONS})", tensor=name)
     if not shape or min(shape) <= 0 or prod(shape) > FILLED_LIMIT:
         raise FormatError(f"is sparse with the shape {list(shape)} (limit {FILLED_LIMIT:,} values)", tensor=name)
     if not tensor.HasField("values"):

@@ -78,6 +78,7 @@ ALIGNMENT = 64 << 10
 
 CHECKSUM_LIMIT = 256 << 20
 FILLED_LIMIT = 1 << 34
+MAX_DIMENSIONS = 64
 PIECE = 1 << 16
 CONTINUED = bytes(range(128, 256))  # the bytes of a varint that are not its last
 
