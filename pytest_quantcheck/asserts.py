@@ -154,7 +154,9 @@ def assert_dequant_fidelity(
 
     limits = fidelity.Limits(min_sqnr_db, gain, bias, min_block_sqnr_db, max_error, equal, max_steps)
     comparison = fidelity.compare(inspect(subject), inspect(reference), limits, device=device, executor=executor)
-    _require(fidelity.check_fidelity(comparison))
+    verdict = fidelity.check_fidelity(comparison)
+    where = "limits are arguments of assert_dequant_fidelity: " + ", ".join(fidelity.Limits._fields)
+    _require(verdict._replace(details=(*verdict.details, where)))
     return comparison
 
 

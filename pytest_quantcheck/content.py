@@ -170,7 +170,7 @@ def _same_edges(one: LogicalTensor, other: LogicalTensor) -> bool:
 
 
 def _edges(stored: StoredTensor) -> list[bytearray]:
-    size = dtypes.nbytes(stored.dtype, stored.elements) if stored.dtype in dtypes.BITS else stored.nbytes
+    size = stored.value_bytes
     ranges = ((0, min(EDGE, size)), (max(0, size - EDGE), size))
     return [stored.source.read(stored.offset + start, stored.offset + stop) for start, stop in ranges]
 
@@ -178,7 +178,7 @@ def _edges(stored: StoredTensor) -> list[bytearray]:
 def _is_constant(tensor: LogicalTensor) -> bool:
     """Whether all values, or all rows, look the same."""
     stored = tensor.stored
-    widths = (dtypes.BITS.get(stored.dtype, 8) // 8 or 1, stored.nbytes // max(1, tensor.rows) or 1)
+    widths = (dtypes.BITS.get(stored.dtype, 8) // 8 or 1, stored.value_bytes // max(1, tensor.rows) or 1)
     return any(all(_repeats(edge, width) for edge in _edges(stored)) for width in widths)
 
 

@@ -75,9 +75,14 @@ class StoredTensor(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def value_bytes(self) -> int:
+        """The bytes that its values have where they are read; of a sparse tensor, the zeros that are not stored too."""
+        return dtypes.nbytes(self.dtype, self.elements) if self.dtype in dtypes.DTYPES else self.nbytes
+
+    @property
     def surplus(self) -> tuple[tuple[ByteClass, int], ...]:
         """The bytes beyond those of the values, as of another class: a protobuf may write each value as a varint."""
-        more = self.nbytes - dtypes.nbytes(self.dtype, self.elements)
+        more = self.nbytes - self.value_bytes
         return (("metadata", more),) if more > 0 else ()
 
     def read(self, *, limit: int) -> bytearray:

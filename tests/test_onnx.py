@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_quantcheck import inspect
-from pytest_quantcheck.containers import onnx_names, onnx_tensors, onnx_wire
-from pytest_quantcheck.containers.files import open_file
+from pytest_quantcheck.checks.integrity import repeated
+from pytest_quantcheck.containers import onnx_names, onnx_sparse, onnx_tensors, onnx_wire
+from pytest_quantcheck.containers.files import File, open_file
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
 
 onnx = pytest.importorskip("onnx", reason="the onnx package makes and parses these models")
@@ -518,12 +519,6 @@ def two_checksums():
     return model_of([], [external(n, "w.data", offset=8 * i, checksum=n * 40) for i, n in enumerate("ab")], [], [])
 
 
-def sparse_constant():
-    values, indices = tensor("", [1.0]), tensor("", [2], "int64")
-    made = helper.make_node("Constant", [], ["w"], sparse_value=helper.make_sparse_tensor(values, indices, [4]))
-    return of_nodes(made, node("Add", ["x", "w"], "y"))
-
-
 def training():
     model = small()
     model.training_info.add().algorithm.name = "step"
@@ -536,10 +531,83 @@ def changed(change):
     return model_of([], [found], [], [])
 
 
-def sparse():
-    model = model_of([], [], [], [])
-    model.graph.sparse_initializer.add(dims=[4]).values.CopyFrom(tensor("w", [1.0]))
+def sparse(indices=None, dims=(4, 6), values=(1.0, 2.0, 3.0), *, kind="float32", places="int64", operator="MatMul"):
+    """A graph with one sparse initializer, `w`; no indices where there are none to give."""
+    model = of_nodes(node(operator, ["x", "w"], "y"))
+    made = model.graph.sparse_initializer.add(dims=dims)
+    made.values.CopyFrom(tensor("w", values, kind))
+    if indices is not None:
+        made.indices.CopyFrom(tensor("w_indices", indices, places))
     return model
+
+
+def sparse_text():
+    model = sparse([1])
+    model.graph.sparse_initializer[0].values.CopyFrom(helper.make_tensor("w", TensorProto.STRING, [1], [b"a"]))
+    return model
+
+
+def sparse_nibbles():
+    model = sparse([1, 5, 7])
+    nibbles = helper.make_tensor("w", TensorProto.INT4, [3], [1, 2, 3])
+    model.graph.sparse_initializer[0].values.CopyFrom(nibbles)
+    return model
+
+
+def sparse_without_values():
+    model = sparse([1, 5, 7])
+    model.graph.sparse_initializer[0].ClearField("values")
+    return model
+
+
+def sparse_scales():
+    model = of_nodes(nbits(["x", "w", "w_s"], "y"), initializers=packed()[:1])
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(tensor("w_s", [1.0]), tensor("w_s_indices", [2], "int64"), [4, 1])
+    )
+    return model
+
+
+def sparse_nbits():
+    model = of_nodes(nbits(["x", "w", "w_s"], "y"), initializers=packed()[1:])
+    made = helper.make_sparse_tensor(tensor("w", [7], "uint8"), tensor("w_indices", [2], "int64"), [4, 1, 16])
+    model.graph.sparse_initializer.append(made)
+    return model
+
+
+def sparse_beside(*, twice: bool):
+    """Values and indices in `w.data`; a dense tensor of the values' type and shape names the same bytes."""
+    model = sparse()
+    made = model.graph.sparse_initializer[0]
+    made.values.CopyFrom(external("w", "w.data", shape=(3,)))
+    made.indices.CopyFrom(external("w_indices", "w.data", shape=(3,), offset=16))
+    made.indices.data_type = TensorProto.INT64
+    if twice:
+        model.graph.initializer.append(external("v", "w.data", shape=(3,)))
+    return model
+
+
+SPARSE = [
+    ("sparse-without-indices", sparse(), "3 values and no indices"),
+    ("sparse-without-values", sparse_without_values(), "has no values"),
+    ("sparse-scalar", sparse([0], dims=(), values=[1.0]), "is sparse with the shape []"),
+    ("sparse-of-no-rows", sparse([0], dims=(0, 6), values=[1.0]), "is sparse with the shape [0, 6]"),
+    ("sparse-negative-shape", sparse([0], dims=(-4, 6), values=[1.0]), "is sparse with the shape [-4, 6]"),
+    ("sparse-without-end", sparse([1, 2, 3], dims=(1 << 40, 1 << 40)), "limit"),
+    ("sparse-matrix-of-values", sparse([[1, 2]], values=[[1.0, 2.0]]), "values of the shape [1, 2]"),
+    ("sparse-fewer-indices", sparse([1, 2]), "w.indices: [2] are no indices of 3 values"),
+    ("sparse-other-rank", sparse(np.zeros((3, 3))), "w.indices: [3, 3] are no indices of 3 values"),
+    ("sparse-cube-of-indices", sparse(np.zeros((3, 2, 1))), "[3, 2, 1] are no indices"),
+    ("sparse-int32-indices", sparse([1, 2, 3], places="int32"), "are INT32, the indices"),
+    ("sparse-float-indices", sparse([1, 2, 3], places="float64"), "are DOUBLE, the indices"),
+    ("sparse-unsorted", sparse([1, 7, 5]), "w.indices: do not ascend among indices 0 to 3"),
+    ("sparse-twice", sparse([1, 5, 5]), "do not ascend"),
+    ("sparse-negative", sparse([-1, 5, 7]), "out of range"),
+    ("sparse-behind-the-end", sparse([1, 5, 24]), "are 1 to 24 along 24"),
+    ("sparse-column-out-of-range", sparse([[0, 1], [0, 6], [3, 0]]), "are 0 to 6 along 6 of [4, 6]"),
+    ("sparse-row-negative", sparse([[-1, 1], [0, 5], [3, 0]]), "are -1 to 3 along 4 of [4, 6]"),
+    ("sparse-columns-unsorted", sparse([[0, 5], [0, 1], [3, 0]]), "do not ascend"),
+]  # fmt: skip
 
 
 def dequantized(shape=(4, 6), scale=(), axis=1, **attributes):
@@ -584,7 +652,6 @@ REFUSED = [
     ("filled-without-end", filled([32, 1 << 40]), "values)"),
     ("filled-to-a-shape-in-32-bit", filled([32, 3], dtype="int32"), "not INT64"),
     ("filled-with-two-values", filled([32, 3], value=tensor("", [1.0, 2.0])), "is not one number"),
-    ("sparse-constant", sparse_constant(), "Constant with `sparse_value`"),
     ("training", training(), "training_info"),
     ("negative-dimension", changed(lambda t: t.dims.__setitem__(0, -2)), "has the shape [-2]"),
     ("too-few-bytes", changed(lambda t: setattr(t, "raw_data", b"1234")), "8 bytes has 4"),
@@ -594,7 +661,13 @@ REFUSED = [
     ("segment", changed(lambda t: setattr(t.segment, "begin", 1)), "segment"),
     ("same-name", model_of([], [tensor("w", [1.0]), tensor("w", [2.0])], [], []), "names two constants"),
     ("no-name", model_of([], [tensor("", [1.0])], [], []), "without a name"),
-    ("sparse", sparse(), "sparse initializer"),
+    *SPARSE,
+    ("sparse-of-many-dimensions", sparse([0], dims=[1] * 65, values=[1.0]), "65 dimensions"),
+    ("sparse-text", sparse_text(), "is sparse STRING, not read"),
+    ("sparse-nibbles", sparse_nibbles(), "is sparse INT4, not read"),
+    ("sparse-scales", sparse_scales(), "sparse scales for MatMulNBits (node `n`)"),
+    ("sparse-packed-codes", sparse_nbits(), "sparse codes for MatMulNBits (node `n`)"),
+    ("sparse-integers-for-nobody", sparse([1, 5, 7], kind="int8"), "feeds MatMul (node ``): not decoded"),
     ("computed-scales", of_nodes(nbits(["x", "w", "x"], "y"), initializers=packed()[:1]), "scales that are computed"),
     ("no-scales", of_nodes(nbits(["x", "w"], "y"), initializers=packed()[:1]), "has no scales"),
     ("three-bits", of_nodes(nbits(["x", "w", "w_s"], "y", bits=3), initializers=packed()), "3 bits"),
@@ -664,6 +737,132 @@ def test_a_changed_byte_gives_an_error_or_adds_up(tmp_path_factory, data):
     with contextlib.suppress(FormatError):
         artifact = inspect(path)
         assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+REFUSED_BY_THE_CHECKER = [row for row in SPARSE if row[0] != "sparse-without-end"]
+
+
+@pytest.mark.parametrize(
+    "model", [row[1] for row in REFUSED_BY_THE_CHECKER], ids=[row[0] for row in REFUSED_BY_THE_CHECKER]
+)
+def test_what_is_refused_of_a_sparse_tensor_the_checker_refuses(model):
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_sparse_tensor(model.graph.sparse_initializer[0])
+
+
+def scattered(shape, stored: int, *, by_dimension: bool = False):
+    """Random values in a few places, and the graph that has only those."""
+    random = np.random.default_rng(stored)
+    places = np.sort(random.choice(np.prod(shape), stored, replace=False))
+    dense = np.zeros(shape, "float32")
+    dense.flat[places] = random.standard_normal(stored)
+    indices = np.stack(np.unravel_index(places, shape), axis=1) if by_dimension else places
+    return dense, sparse(indices, shape, dense.flat[places])
+
+
+@pytest.mark.parametrize("by_dimension", [False, True])
+@pytest.mark.parametrize("piece", [1, 3, 1 << 13])
+def test_sparse_windows_are_cut_from_any_piece_of_indices(tmp_path, monkeypatch, piece, by_dimension):
+    monkeypatch.setattr(onnx_sparse, "PIECE", piece)
+    monkeypatch.setattr(onnx_sparse, "PIECES", 1 << 13)
+    dense, model = scattered((23, 3, 7), 101, by_dimension=by_dimension)
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    for start, stop in ((0, 69), (0, 1), (68, 69), (11, 12), (30, 55)):
+        expected = torch.from_numpy(dense.reshape(69, 7)[start:stop])
+        assert torch.equal(weight.decode(start, stop), expected)
+        assert [weight.cells(weight, row, 2, 5) for row in range(start, stop)] == expected[:, 2:5].tolist()
+    raw = dense.tobytes()
+    assert all(weight.stored.source.read(at, at + 9) == raw[at : at + 9] for at in range(len(raw) - 9))
+    assert weight.stored.load_bytes(5, 50).numpy().tobytes() == raw[5:50]
+
+
+def test_a_window_of_a_sparse_tensor_reads_a_piece_of_its_indices(tmp_path, monkeypatch):
+    """Ten thousand rows, of which two are wanted."""
+    dense, model = scattered((10_000, 9), 50_000)
+    weight = inspect(save(tmp_path / "m.onnx", model)).tensor("w")
+    read, plain_read = [], File.read
+    monkeypatch.setattr(
+        File, "read", lambda self, start, stop: read.append(stop - start) or plain_read(self, start, stop)
+    )
+    assert torch.equal(weight.decode(5_000, 5_002), torch.from_numpy(dense[5_000:5_002]))
+    assert 0 < sum(read) <= 2 * 8 * onnx_sparse.PIECE + 18 * 4
+
+
+def test_sparse_tensors_are_found_in_branches_attributes_and_functions(tmp_path):
+    """In each place a matrix of 2 x 3 of which one value is stored."""
+
+    def made(name=""):
+        return helper.make_sparse_tensor(tensor(name, [1.0]), tensor("", [4], "int64"), [2, 3])
+
+    result = helper.make_tensor_value_info("o", 1, [2, 3])
+    branch = helper.make_graph([node("Add", ["i", "i"], "o")], "then", [], [result], sparse_initializer=[made("i")])
+    nodes = [
+        node("If", ["condition"], "chosen", then_branch=branch, else_branch=branch),
+        node("Own", [], "z", domain="mine"),
+        node("Other", [], "u", domain="mine", table=made(), tables=[made(), made()]),
+    ]
+    model = model_of(nodes, [], [("condition", 9, [])], [("chosen", 1, None)])
+    body = [helper.make_node("Constant", [], ["k"], sparse_value=made()), node("Add", ["k", "k"], "q")]
+    model.functions.append(helper.make_function("mine", "Own", [], ["q"], body, [helper.make_opsetid("", 21)]))
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    branches = {f"chosen/{branch}_branch/i" for branch in ("then", "else")}
+    assert {t.name for t in artifact.tensors} == {*branches, "mine:Own/k", "u.table", "u.tables", "u.tables.1"}
+    assert (artifact.logical_params, artifact.bytes["unquantized"], artifact.bytes["index"]) == (36, 24, 48)
+    assert all(t.decode().tolist() == [[0, 0, 0], [0, 1, 0]] for t in artifact.tensors)
+    assert sum(artifact.bytes.values()) == artifact.file_bytes
+
+
+def test_sparse_values_and_indices_may_lie_beside_the_graph(tmp_path):
+    content = np.float32([0.5, 1.5, -2.0]).tobytes() + bytes(4) + np.int64([1, 5, 23]).tobytes()
+    (tmp_path / "w.data").write_bytes(content)
+    with pytest.raises(FormatError, match="no overlaps"):
+        inspect(save(tmp_path / "m.onnx", sparse_beside(twice=True)))
+    artifact = inspect(save(tmp_path / "m.onnx", sparse_beside(twice=False)))
+    assert artifact.tensor("w").bytes == {"unquantized": 12, "index": 24}
+    assert artifact.tensor("w").decode().flatten().nonzero().flatten().tolist() == [1, 5, 23]
+    assert sum(artifact.bytes.values()) == artifact.file_bytes == (tmp_path / "m.onnx").stat().st_size + len(content)
+
+
+@pytest.mark.parametrize(
+    ("model", "role"),
+    [(sparse([1, 5, 7]), "parameter"), (sparse([1, 5, 7], kind="int64", operator="Reshape"), "buffer"),
+     (sparse([1, 5, 7], operator="Clip"), "buffer"), (sparse([], values=[]), "parameter")],
+    ids=["a-factor", "integers", "a-bound", "a-factor-of-zeros"],
+)  # fmt: skip
+def test_a_sparse_tensor_is_what_its_use_says(tmp_path, model, role):
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    assert (artifact.tensor("w").role, artifact.tensor("w").shape) == (role, (4, 6))
+    assert artifact.logical_params == (24 if role == "parameter" else 0)
+    assert not artifact.quantized_params
+
+
+def test_sparse_tensors_that_begin_alike_are_no_duplicates(tmp_path):
+    """Their first bytes and their indices are equal, their last values are not."""
+    random = np.random.default_rng(0)
+    values = random.standard_normal(20_000).astype("float32")
+    places = np.concatenate([np.arange(10), 60_000 + np.arange(19_990)])
+    model = of_nodes(*(node("MatMul", ["x", name], f"y{name}") for name in "uvw"))
+    for name, last in (("u", 1.0), ("v", 2.0), ("w", 1.0)):
+        values[-1] = last
+        made = helper.make_sparse_tensor(tensor(name, values), tensor("", places, "int64"), [32, 50, 50])
+        model.graph.sparse_initializer.append(made)
+    artifact = inspect(save(tmp_path / "m.onnx", model))
+    assert [(first.name, copy.name) for first, copy in repeated(artifact)] == [("u", "w")]
+
+
+@given(st.data())
+@settings(max_examples=500, deadline=None)
+def test_a_changed_byte_of_a_sparse_tensor_gives_an_error_or_adds_up(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "m.onnx"
+    raw = bytearray(scattered((5, 7), 9, by_dimension=data.draw(st.booleans()))[1].SerializeToString())
+    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw)
+    with contextlib.suppress(FormatError):
+        artifact = inspect(path)
+        assert sum(artifact.bytes.values()) == artifact.file_bytes
+        for weight in artifact.tensors:
+            stop = min(weight.rows, 3)
+            assert weight.decode(0, stop).shape == (stop, weight.columns)
 
 
 def test_an_unknown_encoding_is_told_from_a_broken_file(tmp_path):

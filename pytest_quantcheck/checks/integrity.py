@@ -135,7 +135,7 @@ def _silenced(tensor: LogicalTensor, part: Part) -> Iterator[Finding]:
 def _zero_points(artifact: Artifact) -> Iterator[Finding]:
     """Zero points that are kept in wider integers than the codes."""
     for tensor in artifact.tensors:
-        bits = round(tensor.stored.nbytes * 8 / tensor.params) if tensor.params else 0
+        bits = round(tensor.stored.value_bytes * 8 / tensor.params) if tensor.params else 0
         for part in tensor.parts:
             wide = DTYPES[part.stored.dtype].kind == "int" and DTYPES[part.stored.dtype].bits > bits
             if part.kind == "zero_points" and wide and part.stored.elements == _scales(tensor):
@@ -188,14 +188,14 @@ def _groups(tensors: Iterable[LogicalTensor], key: Callable[[LogicalTensor], obj
 
 
 def _chunk(stored: StoredTensor, start: int, stop: int) -> bytearray:
-    return stored.source.read(stored.offset + start, stored.offset + min(stop, stored.nbytes))
+    return stored.source.read(stored.offset + start, stored.offset + min(stop, stored.value_bytes))
 
 
 def _digest(tensor: LogicalTensor) -> bytes:
     """A digest of all parts: equal codes with other scales are other values."""
     digest = hashlib.blake2b(digest_size=16)
     for part in tensor.parts:
-        for start in range(0, part.stored.nbytes, CHUNK):
+        for start in range(0, part.stored.value_bytes, CHUNK):
             digest.update(_chunk(part.stored, start, start + CHUNK))
     return digest.digest()
 

@@ -70,7 +70,11 @@ def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
     if expected is None:
         faults.append(f"no SQNR is known to expect of {row.scheme}: give min_sqnr_db")
     elif not row.sqnr_db >= expected:
-        faults.append(f"SQNR {row.sqnr_db:.1f} dB is under {expected:.1f} dB expected for {row.scheme}{why}")
+        measured, limit = _told_apart(row.sqnr_db, expected)
+        given = _given(row.name, limits) != "auto"
+        faults.append(
+            f"SQNR {measured} dB is under {limit} dB " + (f"given{why}" if given else f"expected for {row.scheme}{why}")
+        )
     faults += _scales(row, tensor, limits)
     faults += _places(row, tensor, limits)
     if limits.max_error is not None and not row.max_error <= limits.max_error:
@@ -82,6 +86,19 @@ def judge(row: Fidelity, tensor: LogicalTensor, limits: Limits) -> Fidelity:
             "further than half a step from the reference"
         )
     return row._replace(expected_sqnr_db=expected, faults=tuple(faults))
+
+
+def _told_apart(measured: float, limit: float) -> tuple[str, str]:
+    """Return two numbers in as few digits as show that they differ.
+
+    >>> _told_apart(12.04, 19.23), _told_apart(20.68, 20.7)
+    (('12.0', '19.2'), ('20.68', '20.70'))
+    """
+    for digits in range(1, 7):
+        written = f"{measured:.{digits}f}", f"{limit:.{digits}f}"
+        if written[0] != written[1]:
+            break
+    return written
 
 
 def expects_rounding(tensor: LogicalTensor, limits: Limits) -> bool:

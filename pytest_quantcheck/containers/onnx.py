@@ -3,6 +3,7 @@
 Stored tensors are the constants under their names in the graph (`onnx_graph`), wherever their values are
 (`onnx_tensors`). Beside an encoded weight are `<weight>.scales`, `<weight>.zero_points` and its kin, taken from the
 operator that decodes it, and `<weight>.onnx_node`, a JSON record of operator, node, type, shape and attributes.
+Beside a sparse tensor, which is shown in its dense shape, are `<name>.indices`.
 Integers that no operator decodes are shapes, axes and indexes where they have 32 or 64 bits, and an unknown encoding
 where they have fewer. Text stays with the graph.
 """
@@ -106,11 +107,18 @@ def _tensors(graphs: Graphs) -> tuple[dict[str, StoredTensor], dict[str, Origin]
             uses = graphs.uses.get(name, [])
             role = onnx_roles.role(constant, uses)
             tied = role == "parameter" and constant.stored.role == "tied"
-            _put([constant.stored._replace(role="tied" if tied else role)], stored)
+            _put([constant.stored._replace(role="tied" if tied else role), *_indices(constant)], stored)
         if name in stored and stored[name].role != "buffer":
             first = next(iter(graphs.uses.get(name, [])), None)
             origins[name] = onnx_names.origin(name, len(constant.shape), first)
     return stored, _unambiguous(origins, stored)
+
+
+def _indices(constant: Constant) -> list[StoredTensor]:
+    """The indices of a sparse constant."""
+    if constant.indices is None or constant.indices.stored is None:
+        return []
+    return [constant.indices.stored._replace(role="part")]
 
 
 def _put(tensors: list[StoredTensor], stored: dict[str, StoredTensor]) -> None:
@@ -128,11 +136,21 @@ def _by_weight(graphs: Graphs) -> dict[str, Encoded]:
             raise UnknownEncoding(
                 f"{onnx_graph.shown(one.node)} takes it, which is not encoded", tensor=one.weight.name
             )
+        _check_sparse(one)
         first = found.setdefault(one.weight.name, one)
         if first is not one and _decoding(first) != _decoding(one):
             nodes = f"{onnx_graph.shown(first.node)} and {onnx_graph.shown(one.node)}"
             raise UnknownEncoding(f"is decoded in two ways, by {nodes}", tensor=one.weight.name)
     return found
+
+
+def _check_sparse(one: Encoded) -> None:
+    """A weight of whole codes may be sparse, no other part."""
+    packed = one.weight.indices is not None and one.node.op_type not in onnx_graph.WHOLE_CODES
+    sparse = [part for part, constant in one.parts.items() if constant.indices is not None]
+    if packed or sparse:
+        what = f"sparse {', '.join(sparse) or 'codes'} for {onnx_graph.shown(one.node)}, which are not decoded"
+        raise UnknownEncoding(what, tensor=one.weight.name)
 
 
 def _decoding(one: Encoded) -> tuple[object, ...]:
@@ -146,9 +164,10 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
     name = one.weight.name
     assert one.weight.stored is not None
     assert one.weight.type is not None
-    shared = all(constant.stored and constant.stored.role for constant in (one.weight, *one.parts.values()))
+    parts = {**one.parts, "indices": one.weight.indices} if one.weight.indices is not None else one.parts
+    shared = all(constant.stored and constant.stored.role for constant in (one.weight, *parts.values()))
     found = [one.weight.stored._replace(role="tied" if shared else None)]
-    for part, constant in one.parts.items():
+    for part, constant in parts.items():
         if constant.stored is None:
             raise FormatError(f"its {part} are text", tensor=name)
         tensor = constant.stored._replace(name=f"{name}.{part}", role=None)
@@ -161,7 +180,7 @@ def _encoded(one: Encoded, weighed: set[str]) -> list[StoredTensor]:
         "through": one.through,
         "type": one.weight.type.name,
         "shape": list(one.weight.shape),
-        "parts": {part: _described(constant) for part, constant in one.parts.items()},
+        "parts": {part: _described(constant) for part, constant in parts.items()},
         "attributes": onnx_graph.attributes(one.node),
     }
     content = json.dumps(record).encode()

@@ -1,9 +1,8 @@
 """The constants of an ONNX graph, and what its operators do with them.
 
-Constants are initializers, the values of `Constant` nodes, and what `ConstantOfShape` makes of a constant shape, in
-the main graph, in the graphs that are attributes of
-its nodes, and in functions. Those of inner graphs are named `<output of the node>/<attribute>/<name>`, those of
-functions `<domain>:<function>/<name>`.
+Constants are initializers, dense and sparse, the values of `Constant` nodes, and what `ConstantOfShape` makes of a
+constant shape, in the main graph, in the graphs that are attributes of its nodes, and in functions. Those of inner
+graphs are named `<output of the node>/<attribute>/<name>`, those of functions `<domain>:<function>/<name>`.
 Source: onnx 1.23, onnx.proto, defs; onnxruntime 1.31, contrib_ops.
 """
 
@@ -14,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pytest_quantcheck.containers.onnx_tensors import Constant, Data
+from pytest_quantcheck.containers import onnx_sparse
+from pytest_quantcheck.containers.onnx_tensors import MAX_DIMENSIONS, Constant, Data
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 
 CONSTANT_LIMIT = 200_000
-MAX_DIMENSIONS = 64
 
 
 class Slot(NamedTuple):
@@ -57,6 +56,10 @@ OPERATORS: dict[str, tuple[Slot, ...]] = {
 }  # fmt: skip
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 WITHOUT_SCALE = ("MatMulInteger", "ConvInteger")
+WHOLE_CODES = (
+    "DequantizeLinear", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat",
+    "QLinearMatMul", "QLinearConv", "QGemm", "QAttention",
+)  # fmt: skip
 
 
 class Use(NamedTuple):
@@ -118,10 +121,11 @@ def read_model(model: Any, data: Data) -> Graphs:
 
 
 def _read_graph(graph: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
-    for sparse in graph.sparse_initializer:
-        raise UnknownEncoding("is a sparse initializer, which is not read", tensor=scope.prefix + sparse.values.name)
     for tensor in graph.initializer:
         _add(data.constant(tensor, scope.prefix + tensor.name), tensor.name, scope, graphs)
+    for sparse in graph.sparse_initializer:
+        name = sparse.values.name
+        _add(onnx_sparse.constant(sparse, scope.prefix + name, data), name, scope, graphs)
     _read_nodes(graph.node, scope, graphs, data)
 
 
@@ -173,13 +177,15 @@ def _read_attribute(attribute: Any, node: Any, scope: Scope, graphs: Graphs, dat
         where = node.output[0] if node.output else node.name
         place = f"{scope.prefix}{where}/{attribute.name}{f'.{number}' if number else ''}/"
         _read_graph(graph, Scope(place, scope), graphs, data)
+    where = f"{scope.prefix}{node.output[0] if node.output else node.name}.{attribute.name}"
     tensors = [attribute.t] if attribute.HasField("t") else []
     for number, tensor in enumerate((*tensors, *attribute.tensors)):
-        where = node.output[0] if node.output else node.name
-        constant = data.constant(tensor, f"{scope.prefix}{where}.{attribute.name}{f'.{number}' if number else ''}")
+        constant = data.constant(tensor, f"{where}{f'.{number}' if number else ''}")
         _add(constant, constant.name, scope, graphs)
-    if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-        raise UnknownEncoding(f"{_shown(node)} has a sparse attribute, which is not read")
+    few = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+    for number, sparse in enumerate((*few, *attribute.sparse_tensors)):
+        constant = onnx_sparse.constant(sparse, f"{where}{f'.{number}' if number else ''}", data)
+        _add(constant, constant.name, scope, graphs)
 
 
 def _read_constant(node: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
@@ -189,6 +195,8 @@ def _read_constant(node: Any, scope: Scope, graphs: Graphs, data: Data) -> None:
         kind = attribute.name
         if kind == "value" and attribute.HasField("t"):
             constant = data.constant(attribute.t, place)
+        elif kind == "sparse_value" and attribute.HasField("sparse_tensor"):
+            constant = onnx_sparse.constant(attribute.sparse_tensor, place, data)
         elif kind in ("value_float", "value_floats"):
             values = attribute.floats if kind.endswith("s") else [attribute.f]
             constant = data.numbers(place, values, whole=False, scalar=not kind.endswith("s"))

@@ -78,17 +78,22 @@ ALIGNMENT = 64 << 10
 
 CHECKSUM_LIMIT = 256 << 20
 FILLED_LIMIT = 1 << 34
+MAX_DIMENSIONS = 64
 PIECE = 1 << 16
 CONTINUED = bytes(range(128, 256))  # the bytes of a varint that are not its last
 
 
 class Constant(NamedTuple):
-    """A constant of a graph. `type` is None for text, which has no values; `stored` counts bytes where they share."""
+    """A constant of a graph. `type` is None for text, which has no values; `stored` counts bytes where they share.
+
+    Of a sparse one, `stored` has the dense shape and the bytes of its values, and `indices` are beside it.
+    """
 
     name: str
     type: Type | None
     shape: tuple[int, ...]
     stored: StoredTensor | None
+    indices: Constant | None = None
 
 
 class Varints(NamedTuple):
@@ -163,9 +168,13 @@ class Data:
         self.locations: dict[str, str] = {}  # name beneath the folder -> real path
         self.checksums: dict[str, str] = {}  # real path -> SHA-1 that is said of it
         self.inline = 0  # bytes of numbers that are attributes
+        self.varints = 0  # bytes of typed fields beyond those of the values, where no tensor has them
 
-    def constant(self, tensor: Any, name: str) -> Constant:
-        """Return a `TensorProto` of the skeleton as a constant; raises `FormatError` where it contradicts itself."""
+    def constant(self, tensor: Any, name: str, *, alone: bool = False) -> Constant:
+        """Return a `TensorProto` of the skeleton as a constant; raises `FormatError` where it contradicts itself.
+
+        `alone`: it is never tied to another one, so one that names the same bytes is refused.
+        """
         shape = tuple(tensor.dims)
         if min(shape, default=0) < 0:
             raise FormatError(f"has the shape {list(shape)}", tensor=name)
@@ -177,17 +186,17 @@ class Data:
                 f"data type {tensor.data_type} is none we know" if kind is None else "is a segment, which is not read"
             )
             raise FormatError(what, tensor=name)
-        stored = self._stored(tensor, name, kind, shape)
+        stored = self._stored(tensor, name, kind, shape, alone=alone)
         return Constant(name, kind, shape, stored)
 
-    def _stored(self, tensor: Any, name: str, kind: Type, shape: tuple[int, ...]) -> StoredTensor:
+    def _stored(self, tensor: Any, name: str, kind: Type, shape: tuple[int, ...], *, alone: bool) -> StoredTensor:
         size = -(-prod(shape) * kind.bits // 8)
         packed = BITS[kind.dtype] != kind.bits
         stored = StoredTensor(name, kind.dtype, (size,) if packed else shape, size, self.file)
         if tensor.data_location == EXTERNAL:
             if tensor.raw_data:
                 raise FormatError("has its values in the graph and beside it", tensor=name)
-            return self._shared(self._external(tensor, stored), tensor)
+            return self._shared(self._external(tensor, stored), tensor, alone=alone)
         if tensor.external_data:
             raise FormatError("names external data and says that its values are in the graph", tensor=name)
         number, start, stop = PLACE.unpack(tensor.raw_data) if tensor.raw_data else (9, 0, 0)
@@ -227,6 +236,11 @@ class Data:
             raise FormatError(f"is filled to the shape {list(shape)} (limit {FILLED_LIMIT:,} values)", tensor=name)
         return Constant(name, kind, shape, StoredTensor(name, kind.dtype, shape, 0, Repeated(raw)))
 
+    def zeros(self, name: str, kind: Type, shape: tuple[int, ...]) -> Constant:
+        """Return a tensor of that shape of which no value is stored."""
+        stored = StoredTensor(name, kind.dtype, shape, 0, Repeated(bytes(BITS[kind.dtype] // 8)))
+        return Constant(name, kind, shape, stored)
+
     def _external(self, tensor: Any, stored: StoredTensor) -> StoredTensor:
         pairs = [(entry.key, entry.value) for entry in tensor.external_data]
         entries = dict(pairs)
@@ -261,12 +275,12 @@ class Data:
             raise FormatError(f"says another checksum of `{location}` than tensors before it", tensor=name)
         return file
 
-    def _shared(self, stored: StoredTensor, tensor: Any) -> StoredTensor:
+    def _shared(self, stored: StoredTensor, tensor: Any, *, alone: bool) -> StoredTensor:
         """The tensor; a second one at the same place is tied to the first."""
         assert isinstance(stored.source, files.File)
         path, stop = stored.source.path, stored.offset + stored.nbytes
         place = (path, stored.offset, stop, tensor.data_type, tuple(tensor.dims))
-        if stored.nbytes and self.placed.setdefault(place, stored.name) != stored.name:
+        if stored.nbytes and not alone and self.placed.setdefault(place, stored.name) != stored.name:
             return stored._replace(nbytes=0, role="tied")
         self.used.setdefault(path, []).append((stored.offset, stop, stored.name))
         return stored
@@ -289,7 +303,7 @@ class Data:
     def overhead(self) -> Mapping[ByteClass, int]:
         """Return the bytes that no tensor has, by class; tensors that overlap are a `FormatError`."""
         inside = sum(stop - start for start, stop, _ in self.used.get(self.file.path, ()))
-        metadata = self.file.size - inside - self.inline
+        metadata = self.file.size - inside - self.inline + self.varints
         found: dict[ByteClass, int] = {"metadata": metadata, "padding": 0, "dead": 0}
         for path, file in self.beside.items():
             at, before = 0, ""

@@ -18,8 +18,14 @@ from pytest_quantcheck.schemes.scheme import Namespace
 from pytest_quantcheck.tensor import ByteClass, Part, StoredTensor
 
 RECORD = "onnx_node"
+INDICES = "indices"  # of a sparse weight
 LIMIT = 64 << 10
-KINDS: dict[str, ByteClass] = {"zero_points": "zero_points", "g_idx": "index", "shape": "bookkeeping"}
+KINDS: dict[str, ByteClass] = {
+    "zero_points": "zero_points",
+    "g_idx": "index",
+    INDICES: "index",
+    "shape": "bookkeeping",
+}
 
 
 class Node(NamedTuple):

@@ -444,6 +444,65 @@ def convolution_bias() -> Made:
     return Made(torch.tensor([7 * 0.5 * 2, -3 * 0.5 * 4]), write=convolution().write)
 
 
+def _sparse(values, dims, *, by_dimension: bool = False, typed: bool = False, name: str = "w"):
+    """What is not zero of an array, as onnx keeps it."""
+    onnx = _onnx()
+    places = np.flatnonzero(values)
+    indices = np.stack(np.unravel_index(places, dims), axis=1) if by_dimension else places
+    stored = onnx.numpy_helper.from_array(values.flat[places], name)
+    if typed:
+        stored = onnx.helper.make_tensor(name, stored.data_type, places.shape, values.flat[places])
+        indices = onnx.helper.make_tensor(f"{name}_indices", 7, indices.shape, indices.flatten())
+    else:
+        indices = onnx.numpy_helper.from_array(indices.astype(np.int64), f"{name}_indices")
+    return onnx.helper.make_sparse_tensor(stored, indices, dims)
+
+
+def _pruned(shape: tuple[int, ...], stored: int, dtype: str):
+    """Zeros but for so many values."""
+    random = np.random.default_rng(sum(shape) + stored)
+    values = np.zeros(shape, dtype)
+    places = random.choice(values.size, stored, replace=False)
+    signs = random.choice([-1, 1], stored)
+    values.flat[places] = signs * (random.integers(1, 100, stored) if dtype == "int8" else 0.5 + random.random(stored))
+    return values
+
+
+def pruned(shape: tuple[int, ...], stored: int, *, dtype: str = "float32", constant: bool = False, **written):
+    """A sparse matrix that onnxruntime multiplies with the identity, as an initializer or as a `Constant` node."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        sparse = _sparse(_pruned(shape, stored, dtype), shape, **written)
+        kind = sparse.values.data_type
+        nodes = [onnx.helper.make_node("MatMul", ["w", "x"], ["y"])]
+        if constant:
+            nodes.insert(0, onnx.helper.make_node("Constant", [], ["w"], sparse_value=sparse))
+        model = model_of(nodes, [], [("x", kind, [shape[-1], "n"])], [("y", kind, ["m"] * len(shape))])
+        if not constant:
+            model.graph.sparse_initializer.append(sparse)
+        onnx.checker.check_model(model)
+        return Made(run(model, {"x": np.eye(shape[-1], dtype=dtype)}), write=_write(model))
+
+    return make
+
+
+def pruned_codes(shape: tuple[int, ...], stored: int, **written):
+    """Codes that are stored where they are not zero; onnxruntime decodes them by column."""
+
+    def make() -> Made:
+        onnx = _onnx()
+        sparse = _sparse(_pruned(shape, stored, "int8"), shape, **written)
+        tensors = [_scales((shape[-1],)), _codes("INT8", (shape[-1],), name="z")]
+        node = onnx.helper.make_node("DequantizeLinear", ["w", "s", "z"], ["y"], axis=-1)
+        model = model_of([node], tensors, [], [("y", 1, shape)])
+        model.graph.sparse_initializer.append(sparse)
+        onnx.checker.check_model(model)
+        return Made(run(model, {}), write=_write(model), tolerance=1e-6)
+
+    return make
+
+
 CASES = [
     Case("onnx-matmulnbits-4", matmul_nbits(4, 32, 96), "onnx-matmulnbits-4", (7, 96), NAME,
          bytes={"codes": 7 * 48, "scales": 7 * 3 * 4}),
@@ -536,4 +595,19 @@ CASES = [
     Case("onnx-convolution", convolution, "onnx-int8", (2, 1, 1, 3), "w", total=8,
          bytes={"codes": 6, "scales": 8, "zero_points": 2}),
     Case("onnx-convolution-bias", convolution_bias, "onnx-int32", (2,), "bias", total=8),
+    Case("onnx-sparse", pruned((5, 7), 9), "plain", (5, 7), "w", bytes={"unquantized": 36, "index": 72}),
+    Case("onnx-sparse-by-dimension", pruned((3, 5, 7), 11, by_dimension=True), "plain", (3, 5, 7), "w",
+         bytes={"unquantized": 44, "index": 264}),
+    Case("onnx-sparse-constant", pruned((5, 7), 9, constant=True), "plain", (5, 7), "w",
+         bytes={"unquantized": 36, "index": 72}),
+    Case("onnx-sparse-half", pruned((9, 70), 31, dtype="float16"), "plain", (9, 70), "w",
+         bytes={"unquantized": 62, "index": 248}),
+    Case("onnx-sparse-typed-fields", pruned((5, 7), 9, typed=True), "plain", (5, 7), "w",
+         bytes={"unquantized": 36, "index": 72 - 63, "metadata": 0}),
+    Case("onnx-sparse-one-value", pruned((5, 7), 1), "plain", (5, 7), "w", bytes={"unquantized": 4, "index": 8}),
+    Case("onnx-sparse-nothing-stored", pruned((5, 7), 0), "plain", (5, 7), "w", bytes={"unquantized": 0, "index": 0}),
+    Case("onnx-sparse-codes", pruned_codes((9, 70), 31), "onnx-int8", (9, 70), "w",
+         bytes={"codes": 31, "index": 248, "scales": 280, "zero_points": 70}),
+    Case("onnx-sparse-codes-typed", pruned_codes((5, 7), 9, typed=True, by_dimension=True), "onnx-int8", (5, 7), "w",
+         bytes={"codes": 9, "index": 18, "scales": 28, "zero_points": 7}),
 ]  # fmt: skip
