@@ -47,7 +47,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 STALL_SECONDS = 20.0  # without a byte
 ANSWER_SECONDS = 120.0  # of one answer, and for every MiB of it a second more
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _AUTHORITY = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
@@ -63,9 +63,9 @@ def shown(path: str) -> str:
     >>> shown("https://you:secret@example.org/a/model.gguf?token=abc"), shown("models/a?.gguf")
     ('https://example.org/a/model.gguf', 'models/a?.gguf')
     """
-    scheme, separator, rest = path.partition("://")
-    if not separator or not is_url(path):
+    if not is_url(path):
         return path
+    scheme, _, rest = path.partition("://")
     authority, slash, place = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     host = authority.rpartition("@")[2]
     return f"{scheme}://{host}{slash}{place}" if not host or _AUTHORITY.fullmatch(host) else f"{scheme}://..."
@@ -177,7 +177,7 @@ class RemoteFile:
         except FormatError as error:
             self._connection.close()
             raise error.at(file=self.path) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # no IDNA: `a..b`
             self._connection.close()
             raise FormatError(_said(error), file=self.path) from None
 
@@ -294,7 +294,7 @@ def _next(url: str, location: str | None) -> str:
         parts = checked(target)
     except FormatError as error:
         raise FormatError(f"is redirected to `{shown(target)}`, which {error.what}") from None
-    if url.startswith("https:") and parts.scheme != "https":
+    if urlsplit(url).scheme == "https" and parts.scheme != "https":
         raise FormatError(f"is redirected from https down to `{shown(target)}`: refused")
     return target
 
@@ -310,7 +310,7 @@ def _read(response: http.client.HTTPResponse, start: int, stop: int) -> Answer:
     if match is None:
         raise FormatError("answers with a range that does not say which one, or of what size the file is")
     first, last, size = map(int, match.groups())
-    if first != start or last + 1 != min(stop, size):
+    if not first == start <= last or last + 1 != min(stop, size):
         asked = f"bytes {start:,} to {stop:,} were asked for"
         raise FormatError(f"answers with bytes {first:,} to {last + 1:,} of {size:,} ({asked})")
     version = Version(size, response.getheader("ETag"), response.getheader("Last-Modified"))
@@ -340,13 +340,13 @@ def _refusal(status: int, reason: str) -> str:
     return f"the server answers {status} {reason}"
 
 
-def _said(error: OSError | http.client.HTTPException) -> str:
+def _said(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer in time ({STALL_SECONDS:g} s without a byte, {ANSWER_SECONDS:g} s for a range)"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate of the server is not valid: {error.verify_message}"
     if isinstance(error, http.client.IncompleteRead):
         return f"the answer ends after {len(error.partial):,} bytes"
-    if not isinstance(error, OSError):
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
         return f"the server does not answer as HTTP has it ({type(error).__name__})"
-    return f"the server cannot be read: {error.strerror or error}"
+    return f"the server cannot be read: {getattr(error, 'strerror', None) or error}"
