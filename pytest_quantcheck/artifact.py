@@ -43,7 +43,7 @@ class SchemeTotal(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Artifact:
-    """A live model, a file or a checkpoint folder, as the logical tensors of the unquantized model.
+    """A live model, a file, a checkpoint folder or the URL of a file, as the logical tensors of the unquantized model.
 
     Counts are exact. Tied weights count once, buffers and the parts of encoded weights never.
     """
@@ -162,7 +162,7 @@ class Artifact:
 
 
 def inspect(subject: Subject, *, verify_architecture: bool = False) -> Artifact:
-    """Return the artifact at a path, or of a live model, as logical tensors.
+    """Return the artifact at a path or URL, or of a live model, as logical tensors.
 
     Reads headers, the few small tensors that decide a shape, and samples of an output head and an embedding that may
     be the same: no torch for a path, unless an ONNX file has such a pair and one of the two is encoded.

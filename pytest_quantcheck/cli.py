@@ -47,7 +47,7 @@ def cli() -> None:
 def inspect(path: str, as_json: bool, strict: bool, verify_architecture: bool) -> int:
     """Show every tensor of PATH: its logical shape beside what is stored, its scheme, bits and bytes; then totals.
 
-    PATH is a file, an index, or a checkpoint folder. Only headers are read.
+    PATH is a file, an index, a checkpoint folder, or the URL of a file. Only headers are read.
     """
     from pytest_quantcheck.artifact import uncollected
 
@@ -85,7 +85,7 @@ def _show(path: str, as_json: bool, verify_architecture: bool) -> Sequence[Findi
 def why(path: str, as_json: bool, depth: int) -> int:
     """Explain why PATH has the size it has: what it was expected to be, and every byte under its reason.
 
-    Each reason says what it could save at most. Large tensors of one size are compared by content.
+    Each reason says what it could save at most. Large tensors of one size are compared by content, except of a URL.
     """
     from pytest_quantcheck.artifact import inspect as inspect_path
     from pytest_quantcheck.checks.tree import tree

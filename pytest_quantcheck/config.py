@@ -3,7 +3,7 @@
 | key                        | what it is                                                              |
 |----------------------------|-------------------------------------------------------------------------|
 | `[[artifact]]`             | one table each; in pyproject.toml `[[tool.quantcheck.artifact]]`        |
-| `path`                     | a path or glob, from the folder of the file                             |
+| `path`                     | a path or glob, from the folder of the file, or a URL                   |
 | `name`, `reference`        | what it is called, and its unquantized model                            |
 | `message`, `marks`         | the project's own words for a failure, and marks of its tests in pytest |
 | `size = "90 MB"` ...       | the checks, see `keys.CHECKS`                                           |
@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from pytest_quantcheck import lock
 from pytest_quantcheck.checks.fidelity import Limits
+from pytest_quantcheck.containers.remote import checked, is_url, shown
+from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.keys import CHECKS, ELSEWHERE, closest
 from pytest_quantcheck.toml_lines import Path, key_lines
 
@@ -31,7 +33,6 @@ OWN = (*TEXTS, "marks")
 _READERS = {check.key: check.read for check in CHECKS}
 _MAGIC = re.compile(r"[*?\[]")
 _SHARDED = re.compile(r"\.index\.json$|-of-\d+\.\w+$")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Entry(NamedTuple):
@@ -79,7 +80,9 @@ class _Table(NamedTuple):
         return os.path.dirname(self.file) or os.curdir
 
     def resolved(self, path: str) -> str:
-        """A path of the file, from the working directory."""
+        """A path of the file, from the working directory; a URL as it is."""
+        if is_url(path):
+            return path
         return os.path.normpath(os.path.join(self.folder, os.path.expanduser(path)))
 
 
@@ -212,6 +215,8 @@ def _settings(table: _Table) -> dict[str, Any]:
 def _paths(table: _Table) -> list[str]:
     """What the path of a table names, which need not be there, or what it matches as a glob."""
     pattern = os.path.expanduser(table.values["path"])
+    if is_url(pattern):
+        return [pattern]
     if not _MAGIC.search(pattern) or os.path.lexists(table.resolved(pattern)):
         return [table.resolved(pattern)]
     return [table.resolved(found) for found in sorted(glob.glob(pattern, root_dir=table.folder, recursive=True))]
@@ -227,10 +232,17 @@ def _check_keys(table: _Table) -> None:
             raise ValueError(f"{table.at(key)}: `marks` is not a list of texts")
         if key in TEXTS and not (isinstance(value, str) and value):
             raise ValueError(f"{table.at(key)}: `{key}` is not a text")
-        if key in ("path", "reference") and _URL.match(value):
-            raise ValueError(f"{table.at(key)}: `{key}`: remote artifacts are not read yet (`{value}`)")
+        if key in ("path", "reference") and is_url(value):
+            _check_url(table, key)
     if "path" not in table.values:
         raise ValueError(f"{table.at('')}: an artifact needs a `path`")
+
+
+def _check_url(table: _Table, key: str) -> None:
+    try:
+        checked(table.values[key])
+    except FormatError as error:
+        raise ValueError(f"{table.at(key)}: `{key}`: {error}") from None
 
 
 def _setting(table: _Table, key: str) -> Any:
@@ -242,7 +254,7 @@ def _setting(table: _Table, key: str) -> Any:
 
 def _named(entries: list[Entry], folder: str) -> Iterator[Entry]:
     """Entries with names of their own: the last part of the path, the path where several end alike."""
-    last = Counter(os.path.basename(entry.path) for entry in entries if not entry.name)
+    last = Counter(os.path.basename(shown(entry.path)) for entry in entries if not entry.name)
     named = [entry._replace(name=entry.name or _name(entry.path, folder, last)) for entry in entries]
     counts = Counter(entry.name for entry in named)
     for entry in named:
@@ -253,5 +265,7 @@ def _named(entries: list[Entry], folder: str) -> Iterator[Entry]:
 
 
 def _name(path: str, folder: str, last: Counter[str]) -> str:
-    name = os.path.basename(path)
-    return name if last[name] == 1 and not _MAGIC.search(name) else os.path.relpath(path, folder)
+    name = os.path.basename(shown(path))
+    if last[name] == 1 and not _MAGIC.search(name):
+        return name
+    return shown(path) if is_url(path) else os.path.relpath(path, folder)

@@ -61,7 +61,9 @@ def load_quantized(request: pytest.FixtureRequest, quant_device: str) -> Callabl
             _require("transformers", "hf")
             source = _resolve(source, request)
             if not os.path.isdir(source):
-                pytest.fail(f"quantcheck: {source}: no such checkpoint folder", pytrace=False)
+                from pytest_quantcheck.containers.remote import shown
+
+                pytest.fail(f"quantcheck: {shown(source)}: no such checkpoint folder", pytrace=False)
         return loader.load(source, quant_device, **options)
 
     return load
@@ -119,7 +121,11 @@ def _marked(request: pytest.FixtureRequest) -> tuple[ModelSource, dict[str, Any]
 
 
 def _resolve(path: str | os.PathLike[str], request: pytest.FixtureRequest) -> str:
-    """Paths in tests are relative to the root of the test run."""
+    """Paths in tests are relative to the root of the test run; a URL is as it is."""
+    from pytest_quantcheck.containers.remote import is_url
+
+    if is_url(os.fspath(path)):
+        return os.fspath(path)
     return os.path.join(request.config.rootpath, os.path.expanduser(path))
 
 

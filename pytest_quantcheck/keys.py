@@ -22,6 +22,7 @@ from pytest_quantcheck.checks.fidelity import Comparison, Limits
 from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.checks.why import Reason, explain
 from pytest_quantcheck.containers import files
+from pytest_quantcheck.containers.remote import is_url, shown
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.quantities import format_sizes, parse_count, parse_size
 from pytest_quantcheck.tensor import BYTE_CLASSES
@@ -267,7 +268,7 @@ def check_fidelity(opened: Opened, limits: Limits) -> Verdict:
 
 def check_hosts(opened: Opened, names: Sequence[str]) -> Verdict:
     """Compare the largest file with what each host takes: the first that does not, else the strictest."""
-    sizes = _file_sizes(opened.path)
+    sizes = _file_sizes(opened)
     verdicts = sorted((hosts.check_host(sizes, name) for name in names), key=lambda verdict: verdict.allowed or 0)
     return next((verdict for verdict in verdicts if not verdict.passed), verdicts[0])
 
@@ -380,7 +381,10 @@ def _whose(reason: Reason) -> str:
     return reason.names[0] if reason.holders == 1 else f"{reason.kind.replace('_', ' ')} of {reason.holders:,} tensors"
 
 
-def _file_sizes(path: str) -> dict[str, int]:
+def _file_sizes(opened: Opened) -> dict[str, int]:
+    path = opened.path
+    if is_url(path):
+        return {os.path.basename(shown(path)): opened.artifact.file_bytes}
     if os.path.isdir(path):
         return files.listing(path)
     return {os.path.basename(path): files.open_file(path).size}

@@ -16,6 +16,7 @@ from pytest_quantcheck.checks.tree import DEPTH, tree
 from pytest_quantcheck.checks.verdict import Verdict
 from pytest_quantcheck.checks.why import explain
 from pytest_quantcheck.config import Config, Entry
+from pytest_quantcheck.containers.remote import shown
 from pytest_quantcheck.errors import printable
 from pytest_quantcheck.keys import CHECKS, Opened, said
 from pytest_quantcheck.report import json as json_report
@@ -128,7 +129,7 @@ def artifact_run(planned: Plan, entry: Entry, opened: Opened, outcomes: Outcomes
             failure = said(error)
     return {
         "name": entry.name,
-        "path": entry.path,
+        "path": shown(entry.path),
         "error": failure,
         "checks": [outcome.checked for outcome in own],
         "inspect": inspected,

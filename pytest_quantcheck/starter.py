@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from pytest_quantcheck.artifact import Artifact, inspect
 from pytest_quantcheck.checks import coverage, integrity
+from pytest_quantcheck.containers.remote import is_url
 
 MARGIN_PERCENT = 5
 HEAD = f"# Written by quantcheck init: counts are exact, sizes are those of that day and {MARGIN_PERCENT} % more.\n"
@@ -26,9 +27,9 @@ def render(paths: Iterable[str], folder: str) -> str:
 def _table(path: str, folder: str) -> Iterator[str]:
     artifact = inspect(path)
     if not artifact.parameters:
-        raise ValueError(f"{path}: holds no parameter, so there is nothing to guard")
+        raise ValueError(f"{artifact.source}: holds no parameter, so there is nothing to guard")
     yield "[[artifact]]"
-    yield f"path = {_quoted(os.path.relpath(path, folder or '.'))}"
+    yield f"path = {_quoted(path if is_url(path) else os.path.relpath(path, folder or '.'))}"
     yield f"logical_params = {artifact.logical_params:_}"
     yield f"size = {_quoted(_budget(artifact.file_bytes))}"
     if artifact.bits_per_weight.quantized is not None:

@@ -138,8 +138,15 @@ REFUSED = [
     ('path2 = "x"', ":3: unknown key `path2` (did you mean `path`?"),
     ('name = ""\nsize = 1', ":3: `name` is not a text"),
     ('marks = "slow"\nsize = 1', ":3: `marks` is not a list of texts"),
-    ('reference = "hf://org/model"', ":3: `reference`: remote artifacts are not read yet (`hf://org/model`)"),
+    (
+        'reference = "hf://org/model"',
+        ":3: `reference`: hf://org/model: is a URL of the scheme `hf`",
+    ),
     ("", ":1: checks nothing (give at least one of logical_params, size, "),
+    (
+        'reference = "https://me:s3cret@x/y"',
+        ":3: `reference`: https://x/y: is a URL with a user name or",
+    ),
     ("size = [", ": is not TOML: "),
     ("size = 1\n[defaults]\nsize = 2", ":4: unknown key `defaults` (known: artifact)"),
     ("size = 1\nsize = 2", ": is not TOML: "),
@@ -163,14 +170,13 @@ def test_what_makes_no_sense_is_one_line_with_file_and_line(tmp_path, monkeypatc
         ("artifact = 3", "has no [[artifact]]"),
         ("[artifact]\nsize = 3", "has no [[artifact]]"),
         ("[[artifact]]\nsize = 3", ":1: an artifact needs a `path`"),
-        ('[[artifact]]\npath = "https://x/y"\nsize = 3', ":2: `path`: remote artifacts are not read yet"),
         (
             '[[artifact]]\npath = "x/a"\nsize = 1\n[[artifact]]\npath = "x/a"\nsize = 2',
             ":2: 2 artifacts are called `x/a`",
         ),
         ("\xff", "is not UTF-8"),
     ],
-    ids=["empty", "a-number", "one-table", "no-path", "url", "twice", "latin-1"],
+    ids=["empty", "a-number", "one-table", "no-path", "twice", "latin-1"],
 )
 def test_a_file_without_artifacts_is_refused(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)

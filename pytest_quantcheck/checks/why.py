@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks import cost, integrity
+from pytest_quantcheck.containers.remote import is_url
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part
 from pytest_quantcheck.ties import EMBEDDINGS, HEADS
@@ -152,7 +153,8 @@ def explain(artifact: Artifact) -> Explanation:
     """Return the size people expect of an artifact, and the reasons for the size it has."""
     base = _base(artifact.parameters)
     params = artifact.logical_params
-    copies = {copy.name: first.name for first, copy in integrity.repeated(artifact)}
+    repeated = () if is_url(artifact.source) else integrity.repeated(artifact)  # telling takes all their bytes
+    copies = {copy.name: first.name for first, copy in repeated}
     shares = [share for tensor in artifact.tensors for share in _of_tensor(tensor, base, copies.get(tensor.name))]
     shares += _outside(artifact)
     return Explanation(

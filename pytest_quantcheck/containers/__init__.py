@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from pytest_quantcheck.containers import gguf, onnx, safetensors, tflite, torch_zip
+from pytest_quantcheck.containers import gguf, onnx, remote, safetensors, tflite, torch_zip
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.tensor import Container
 
-# One module per container, each with `accepts(path) -> bool` and `open_container(path) -> Container`.
+# One module per container, each with `accepts(path) -> bool` and `open_container(path) -> Container`; those that have
+# `read_file(file, path) -> Container` need one file and no folder, so they read a URL as well.
 CONTAINERS: tuple[ModuleType, ...] = (
     safetensors,
     gguf,
@@ -31,8 +32,10 @@ OTHERS = {
 
 
 def open_path(path: str | os.PathLike[str]) -> Container:
-    """Return the container at a path; what none of `CONTAINERS` accepts is a `FormatError`."""
+    """Return the container at a path or URL; what none of `CONTAINERS` accepts is a `FormatError`."""
     path = os.fspath(path)
+    if remote.is_url(path):
+        return _open_url(path)
     if not os.path.lexists(path):
         raise FormatError("no such file or folder", file=path)
     for container in CONTAINERS:
@@ -47,3 +50,17 @@ def open_path(path: str | os.PathLike[str]) -> Container:
             "holds no weights (looked for *.safetensors, *.gguf, *.bin, *.pt, *.pth, *.ckpt, *.onnx)", file=path
         )
     raise FormatError("not a container we read (safetensors, GGUF, torch, ONNX, TFLite)", file=path)
+
+
+def _open_url(url: str) -> Container:
+    """The container in one file of a server, which its name tells."""
+    remote.checked(url)
+    shown = remote.shown(url)
+    for container in CONTAINERS:
+        if not container.accepts(shown):
+            continue
+        if not hasattr(container, "read_file") or shown.endswith(".json"):
+            raise FormatError("may be in several files, and of a URL one file is read: download it", file=shown)
+        opened: Container = container.read_file(remote.RemoteFile(url), shown)
+        return opened
+    raise FormatError("does not end like one file that we read (.safetensors, .gguf, .bin, .pt, .tflite)", file=shown)

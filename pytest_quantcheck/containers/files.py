@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
@@ -22,6 +22,27 @@ if TYPE_CHECKING:
     from pytest_quantcheck.tensor import Source, StoredTensor
 
 JSON_LIMIT = 64 << 20
+
+
+class Readable(Protocol):
+    """One file of bytes, here or on a server: a `Source` that knows its size, and its name in errors."""
+
+    @property
+    def path(self) -> str:
+        """Its name in errors."""
+
+    @property
+    def size(self) -> int:
+        """The size in bytes when it was opened first."""
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Return bytes `start` up to `stop`."""
+
+    def read_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
+        """Return the bytes of many small ranges."""
+
+    def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
+        """Return elements `start` up to `stop` as a flat torch tensor on `device`."""
 
 
 class Stamp(NamedTuple):

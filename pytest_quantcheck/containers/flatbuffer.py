@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from pytest_quantcheck.containers.files import File
+from pytest_quantcheck.containers.files import Readable
 from pytest_quantcheck.errors import FormatError
 
 PAGE = 1 << 16
@@ -32,7 +32,7 @@ class Vector(NamedTuple):
 class Flatbuffer:
     """One file; a few pages of it are kept."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: Readable) -> None:
         self.file = file
         self._page = lru_cache(maxsize=PAGES)(self._read_page)
 

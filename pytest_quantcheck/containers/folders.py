@@ -49,7 +49,7 @@ class Shard:
 class ReadShard(Protocol):
     """Reads the tensors of one file; `shown` is its name in errors."""
 
-    def __call__(self, file: files.File, *, shown: str) -> Shard: ...
+    def __call__(self, file: files.Readable, *, shown: str) -> Shard: ...
 
 
 class Layout(NamedTuple):
@@ -79,7 +79,11 @@ def open_container(path: str, layout: Layout) -> Container:
         return _open_folder(path, layout)
     if path.endswith(".index.json"):
         return _open_folder(os.path.dirname(path) or ".", layout, index=os.path.basename(path))
-    file = files.open_file(path)
+    return read_file(files.open_file(path), path, layout)
+
+
+def read_file(file: files.Readable, path: str, layout: Layout) -> Container:
+    """Return the tensors of one file; `path` is its name."""
     shard = layout.read(file, shown=path)
     return Container(
         layout.kind,

@@ -91,7 +91,7 @@ class Header(NamedTuple):
 class BigEndian(NamedTuple):
     """A `Source` over one tensor of a big-endian file: as a little-endian file has it; blocks when loaded only."""
 
-    file: files.File
+    file: files.Readable
     dtype: str
     offset: int
 
@@ -155,11 +155,11 @@ def accepts(path: str) -> bool:
 def open_container(path: str) -> Container:
     """Return the tensors of a `.gguf` file (of the first split: of all splits), or of a folder with one model."""
     if not os.path.isdir(path):
-        return _open(path)
+        return read_file(files.open_file(path), path)
     present = files.listing(path)
     first = _find_model(path, present)
     beside = {name: size for name, size in present.items() if not name.endswith(".gguf")}
-    return folders.with_beside(_open(os.path.join(path, first)), path, beside)
+    return folders.with_beside(open_container(os.path.join(path, first)), path, beside)
 
 
 def read_header(read: Read, size: int) -> Header:
@@ -377,12 +377,14 @@ def _misplaced(start: int, expected: int, alignment: int) -> str:
     return f"starts at byte {start:,} of the data and {fault} (no holes, no overlaps)"
 
 
-def _open(path: str) -> Container:
-    file = files.open_file(path)
+def read_file(file: files.Readable, path: str) -> Container:
+    """Return the tensors of one file, here or on a server, and of the splits beside the first; `path` is its name."""
     header = _header(file, path)
     splits = header.values.get("split.count", 0)
-    opened = [(file, header)]
+    opened: list[tuple[files.Readable, Header]] = [(file, header)]
     if isinstance(splits, int) and splits > 1:
+        if not isinstance(file, files.File):
+            raise FormatError(f"is one of {splits} splits: of a URL one file is read, download them", file=path)
         opened += _other_splits(path, splits, header)
     tensors: dict[str, StoredTensor] = {}
     for split, its_header in opened:
@@ -404,21 +406,21 @@ def _open(path: str) -> Container:
     )
 
 
-def _header(file: files.File, shown: str) -> Header:
+def _header(file: files.Readable, shown: str) -> Header:
     try:
         return read_header(file.read, file.size)
     except FormatError as error:
         raise error.at(file=shown) from None
 
 
-def _other_splits(path: str, splits: int, first: Header) -> list[tuple[files.File, Header]]:
+def _other_splits(path: str, splits: int, first: Header) -> list[tuple[files.Readable, Header]]:
     folder, name = os.path.split(path)
     match = SPLIT.match(name)
     if match is None or int(match[3]) != splits:
         raise FormatError(f"is one of {splits} splits (named `...-00001-of-{splits:05}.gguf`)", file=path)
     if first.values.get("split.no") != 0 or int(match[2]) != 1:
         raise FormatError(f"is not the first split: name `{match[1]}-00001-of-{splits:05}.gguf`", file=path)
-    found = []
+    found: list[tuple[files.Readable, Header]] = []
     for number in range(1, splits):
         name = f"{match[1]}-{number + 1:05}-of-{splits:05}.gguf"
         file = files.open_beneath(folder or ".", name)
@@ -437,7 +439,7 @@ def _check_total(header: Header, tensors: Mapping[str, StoredTensor], path: str)
         raise FormatError(f"split.tensors.count is {total}, the splits have {len(tensors):,} tensors", file=path)
 
 
-def _add(tensors: dict[str, StoredTensor], file: files.File, header: Header) -> None:
+def _add(tensors: dict[str, StoredTensor], file: files.Readable, header: Header) -> None:
     """Add the stored tensors of one file."""
     for info in header.infos:
         if info.name in tensors:

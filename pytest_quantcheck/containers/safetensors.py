@@ -47,6 +47,11 @@ def open_container(path: str) -> Container:
     return folders.open_container(path, FOLDER)
 
 
+def read_file(file: files.Readable, path: str) -> Container:
+    """Return the tensors of one file, here or on a server; `path` is its name."""
+    return folders.read_file(file, path, FOLDER)
+
+
 def read_header(source: Source, size: int) -> Header:
     """Return the header of a file of `size` bytes.
 
@@ -136,7 +141,7 @@ def _check_end(at: int, data_size: int) -> None:
         raise FormatError(f"{data_size - at:,} bytes follow the last tensor (nothing may)")
 
 
-def _read_shard(file: files.File, *, shown: str) -> folders.Shard:
+def _read_shard(file: files.Readable, *, shown: str) -> folders.Shard:
     try:
         header = read_header(file, file.size)
     except FormatError as error:

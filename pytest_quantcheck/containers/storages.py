@@ -30,7 +30,7 @@ class Storage:
     `crc` is None where the file has none.
     """
 
-    file: files.File
+    file: files.Readable
     key: str
     start: int
     size: int

@@ -71,14 +71,18 @@ def accepts(path: str) -> bool:
 
 def open_container(path: str) -> Container:
     """Return the constants of a `.tflite` file."""
-    file = files.open_file(path)
+    return read_file(files.open_file(path), path)
+
+
+def read_file(file: files.Readable, path: str) -> Container:
+    """Return the constants of one file, here or on a server; `path` is its name."""
     try:
         return _open(file, path)
     except FormatError as error:
         raise error.at(file=path) from None
 
 
-def _open(file: files.File, path: str) -> Container:
+def _open(file: files.Readable, path: str) -> Container:
     buffer = Flatbuffer(file)
     if file.size < 8 or buffer.read(4, 4) != IDENTIFIER:
         raise FormatError("not a TFLite file (`TFL3` belongs at byte 4)")
@@ -163,7 +167,7 @@ def _quantization(table: Table, name: str) -> Table | None:
     return quantization
 
 
-def _stored(tensor: Tensor, file: files.File) -> StoredTensor:
+def _stored(tensor: Tensor, file: files.Readable) -> StoredTensor:
     if tensor.kind not in TYPES:
         raise UnknownEncoding(f"TFLite type {tensor.kind} is none we know", tensor=tensor.name)
     kind, bits, dtype = TYPES[tensor.kind]
@@ -183,7 +187,7 @@ def _is_buffer(tensor: Tensor, kind: str, dtype: str) -> bool:
     return kind == "STRING" or not tensor.shape or (not scaled and DTYPES[dtype].kind in ("int", "bool"))
 
 
-def _parts(tensor: Tensor, file: files.File) -> Iterator[StoredTensor]:
+def _parts(tensor: Tensor, file: files.Readable) -> Iterator[StoredTensor]:
     if tensor.quantization is None:
         return
     scale, zero = tensor.quantization.vector(2, 4), tensor.quantization.vector(3, 8)

@@ -51,7 +51,12 @@ def open_container(path: str) -> Container:
     return folders.open_container(path, FOLDER)
 
 
-def read_checkpoint(file: files.File) -> Checkpoint:
+def read_file(file: files.Readable, path: str) -> Container:
+    """Return the tensors of one file, here or on a server; `path` is its name."""
+    return folders.read_file(file, path, FOLDER)
+
+
+def read_checkpoint(file: files.Readable) -> Checkpoint:
     """Return what a torch file holds, nothing of it run; raises `FormatError` for anything else."""
     start = bytes(file.read(0, min(24, file.size)))
     if start[:2] == b"PK":
@@ -61,7 +66,7 @@ def read_checkpoint(file: files.File) -> Checkpoint:
     raise FormatError("neither a zip file nor a legacy torch file (that is how torch.save writes)")
 
 
-def _read_zip(file: files.File) -> Checkpoint:
+def _read_zip(file: files.Readable) -> Checkpoint:
     archive = zip_archive.read_archive(file)
     root = _root(archive.members)
     members = {name.removeprefix(f"{root}/"): member for name, member in archive.members.items()}
@@ -111,7 +116,7 @@ def _refuse_programs(members: Mapping[str, zip_archive.Member]) -> None:
             raise FormatError("is an exported program (.pt2), not a checkpoint: not read")
 
 
-def _record(file: files.File, member: zip_archive.Member) -> bytes:
+def _record(file: files.Readable, member: zip_archive.Member) -> bytes:
     """A small member as a whole, its checksum verified."""
     limit = PICKLE_LIMIT if member.name.endswith("/data.pkl") else BIGGEST_RECORD
     if member.size > limit:
@@ -128,7 +133,7 @@ def _is_big_endian(record: bytes | None) -> bool:
     return record == b"big"
 
 
-def _read_legacy(file: files.File) -> Checkpoint:
+def _read_legacy(file: files.Readable) -> Checkpoint:
     raw = bytes(file.read(0, min(file.size, PICKLE_LIMIT)))
     at, values = 0, []
     for _ in range(5):
@@ -158,7 +163,7 @@ def _read_legacy(file: files.File) -> Checkpoint:
     return Checkpoint(content.value, storages, {"metadata": pickles + 8 * len(storages)})
 
 
-def read_shard(file: files.File, *, shown: str) -> folders.Shard:
+def read_shard(file: files.Readable, *, shown: str) -> folders.Shard:
     """Return the stored tensors of one torch file."""
     try:
         return state_dict.shard(read_checkpoint(file))

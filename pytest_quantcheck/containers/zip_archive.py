@@ -17,7 +17,7 @@ import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pytest_quantcheck.containers.files import File
+from pytest_quantcheck.containers.files import Readable
 from pytest_quantcheck.errors import FormatError
 
 MEMBER_LIMIT = 200_000
@@ -59,7 +59,7 @@ class _Entry(NamedTuple):
     header: int
 
 
-def read_archive(file: File) -> Archive:
+def read_archive(file: Readable) -> Archive:
     """Return the members of a zip file; raises `FormatError` for everything two readers could read differently."""
     count, start, size, end = _read_end(file)
     if count > MEMBER_LIMIT or size > DIRECTORY_LIMIT:
@@ -75,7 +75,7 @@ def read_archive(file: File) -> Archive:
     return Archive(by_name, file.size - used - padding, padding)
 
 
-def _read_end(file: File) -> tuple[int, int, int, int]:
+def _read_end(file: Readable) -> tuple[int, int, int, int]:
     """The number of members, start and size of the directory, and the byte where the directory has to end."""
     at = file.size - END.size
     if at < 0:
@@ -92,7 +92,7 @@ def _read_end(file: File) -> tuple[int, int, int, int]:
     return _read_end64(file, at - LOCATOR.size, (count, size, start))
 
 
-def _read_end64(file: File, at: int, small: tuple[int, int, int]) -> tuple[int, int, int, int]:
+def _read_end64(file: Readable, at: int, small: tuple[int, int, int]) -> tuple[int, int, int, int]:
     _, disk, place, disks = LOCATOR.unpack(file.read(at, at + LOCATOR.size))
     if disk or disks != 1 or place != at - END64.size:
         raise FormatError("zip64 locator does not point to the record before it")
@@ -186,7 +186,7 @@ def _zip64(extra: bytearray, values: list[int], name: str) -> list[int]:
     return [next(large) if value == FULL32 else value for value in values]
 
 
-def _members(file: File, entries: list[_Entry], directory: int) -> tuple[list[Member], int]:
+def _members(file: Readable, entries: list[_Entry], directory: int) -> tuple[list[Member], int]:
     """The members, each following the one before it without a gap, and the bytes of their extra fields."""
     if (entries[0].header if entries else directory) != 0:
         raise FormatError("zip file does not start with its first member")
