@@ -14,13 +14,10 @@ transformers 5.17, quantizers/.
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
+from pytest_quantcheck.schemes import packing
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
-
-if TYPE_CHECKING:
-    import torch
 
 OF = ("k", "v", "q", "kv", "k_cache", "v_cache", "prob", "prob_output", "input", "output", "activation", "act")
 KINDS = ("scale", "zero_point", "global_scale", "scale_ub")
@@ -35,15 +32,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     if not known or not namespace.quantization or prod(anchor.shape) > LIMIT:
         return None
     parts = (Part("scale", "scales", anchor),)
-    return LogicalTensor(anchor.name, anchor.shape, "activation-scale", "buffer", parts, decode)
-
-
-def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    """Return rows `start` up to `stop` of the scales themselves as float32."""
-    import torch
-
-    values = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return values.to(torch.float32).view(stop - start, tensor.columns)
+    return LogicalTensor(anchor.name, anchor.shape, "activation-scale", "buffer", parts, packing.decode_floats)
 
 
 SCHEME = Scheme(

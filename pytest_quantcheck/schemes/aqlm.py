@@ -23,7 +23,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import packing
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -47,15 +47,15 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that `codes` and `codebooks` stand for."""
     prefix, _, last = anchor.name.rpartition(".")
-    found = {part: namespace.tensors.get(_join(prefix, part)) for part in ("codes", "codebooks", "scales")}
+    found = {part: namespace.tensors.get(joined(prefix, part)) for part in ("codes", "codebooks", "scales")}
     codes, codebooks, scales = found.values()
     ours = namespace.quantization.get("quant_method") == "aqlm" or (codes is not None and codebooks is not None)
     if last not in found or not ours:
         return None
     if codes is None or codebooks is None or scales is None:
         missing = next(part for part, stored in found.items() if stored is None)
-        raise FormatError(f"has no `{_join(prefix, missing)}` beside it", tensor=anchor.name)
-    record = namespace.tensors.get(_join(prefix, RECORD))
+        raise FormatError(f"has no `{joined(prefix, missing)}` beside it", tensor=anchor.name)
+    record = namespace.tensors.get(joined(prefix, RECORD))
     live = strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT) if record else {}
     layout = _layout(codes, codebooks, scales, live)
     _check_settings(codebooks, namespace)
@@ -64,7 +64,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     if record is not None:
         parts.append(Part(RECORD, "bookkeeping", record))
     return LogicalTensor(
-        _join(prefix, "weight"),
+        joined(prefix, "weight"),
         (layout.out_groups * out_size, layout.in_groups * in_size),
         "aqlm",
         "parameter",
@@ -155,10 +155,6 @@ def _has_run_on_cpu(owner: Any) -> bool:
     forward = getattr(getattr(owner, "gemv_op", None), "forward", None)
     closure = getattr(forward, "__closure__", None) or ()
     return any(getattr(cell.cell_contents, "__name__", "") == "numba_gemm_lut" for cell in closure)
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

@@ -25,7 +25,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import architecture
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight beside a `weight_scale`, where the configuration or the live class says BitNet."""
     prefix, _, last = anchor.name.rpartition(".")
-    name = _join(prefix, "weight")
-    record = namespace.tensors.get(_join(prefix, RECORD))
+    name = joined(prefix, "weight")
+    record = namespace.tensors.get(joined(prefix, RECORD))
     if last != "weight_scale" or (record is None and namespace.quantization.get("quant_method") != "bitnet"):
         return None
     weight = namespace.tensors.get(name)
@@ -140,10 +140,6 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     record = {"linear_class": type(owner).__name__.lower(), "out_features": owner.out_features}
     shown = {part: held[part] for part in ("weight", "bias") if held.get(part) is not None}
     return shown | {"weight_scale": held["weight_scale"], RECORD: json.dumps(record).encode()}
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

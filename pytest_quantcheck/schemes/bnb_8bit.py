@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import rounding, steps
-from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme, joined
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FLOOR_DB = 28.0
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that an `SCB` (or, live, a `weight_format` without one) belongs to."""
     prefix, _, last = anchor.name.rpartition(".")
-    scale_name, weight_name = _join(prefix, "SCB"), _join(prefix, "weight")
+    scale_name, weight_name = joined(prefix, "SCB"), joined(prefix, "weight")
     weight, scale = namespace.tensors.get(weight_name), namespace.tensors.get(scale_name)
     if weight is None:
         raise FormatError(f"`{last}` has no `{weight_name}` beside it", tensor=anchor.name)
@@ -46,7 +46,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     parts = [Part("weight", "codes", weight)]
     if scale is not None:
         parts.append(Part("SCB", "scales", scale))
-    layout = namespace.tensors.get(_join(prefix, "weight_format"))
+    layout = namespace.tensors.get(joined(prefix, "weight_format"))
     if layout is not None:
         parts.append(Part("weight_format", "bookkeeping", layout))
     return LogicalTensor(
@@ -102,10 +102,6 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     if scale is None:
         scale = getattr(getattr(owner, "state", None), "SCB", None)
     return {"weight": weight, "weight_format": b""} | ({} if scale is None else {"SCB": scale})
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

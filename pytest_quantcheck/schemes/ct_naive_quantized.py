@@ -77,7 +77,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     parts = [Part(name, kind, stored) for name, kind, stored in others if stored is not None]
     if DTYPES[weight.dtype].kind == "float" and weight.dtype not in FP8:
         plain = (Part("weight", "unquantized", weight), *parts)
-        return LogicalTensor(weight.name, weight.shape, "plain", "parameter", plain, decode_plain)
+        return LogicalTensor(weight.name, weight.shape, "plain", "parameter", plain, packing.decode_floats)
     if anchor.dtype not in FLOATS and anchor.dtype not in EXPONENTS:
         raise FormatError(f"{anchor.dtype} is no scale (F32, BF16, F16, or U8 and E8M0 for mxfp8)", tensor=anchor.name)
     if weight.dtype != "I8" and weight.dtype not in FP8:
@@ -127,14 +127,6 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
         zeros = packing.grid_rows(tensor.part("weight_zero_point"), layout.grid, rows, device).to(torch.float32)
         values = packing.shift_groups(values, zeros, layout.width) if index is None else values.sub_(zeros[:, index])
     return packing.scale_groups(values, scales, layout.width) if index is None else values.mul_(scales[:, index])
-
-
-def decode_plain(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    """Return rows `start` up to `stop` of a weight that is not compressed yet as float32."""
-    import torch
-
-    values = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return values.to(torch.float32).view(stop - start, tensor.columns)
 
 
 def expose_row_scales(owner: Any, name: str) -> Mapping[str, Any] | None:

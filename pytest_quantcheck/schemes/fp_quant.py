@@ -68,7 +68,12 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         raise FormatError(f"{list(stored.shape)} is no matrix, but has `{anchor.name}`", tensor=stored.name)
     if holder == "weight":
         return LogicalTensor(
-            name, stored.shape, "plain", "parameter", (Part("weight", "unquantized", stored), *parts), decode_plain
+            name,
+            stored.shape,
+            "plain",
+            "parameter",
+            (Part("weight", "unquantized", stored), *parts),
+            packing.decode_floats,
         )
     shape = (*stored.shape[:-1], 2 * stored.shape[-1]) if holder == "qweight" else stored.shape
     _check_rotation(anchor, shape)
@@ -119,15 +124,7 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
 
 def decode_rotated(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` of a pseudo-quantized weight as float32, not rotated."""
-    return _unrotated(tensor, decode_plain(tensor, start, stop, device), device)
-
-
-def decode_plain(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    """Return rows `start` up to `stop` of a float weight as float32."""
-    import torch
-
-    values = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return values.to(torch.float32).view(stop - start, tensor.columns)
+    return _unrotated(tensor, packing.decode_floats(tensor, start, stop, device), device)
 
 
 def _unrotated(tensor: LogicalTensor, values: torch.Tensor, device: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import architecture, packing, patterns, rounding
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the linear weight or the embedding that a scale belongs to, or the scale of a cache as a buffer."""
     prefix, _, last = anchor.name.rpartition(".")
-    record = namespace.tensors.get(_join(prefix, RECORD))
+    record = namespace.tensors.get(joined(prefix, RECORD))
     if record is None and namespace.quantization.get("quant_method") != "gemma":
         return None
     if last in CACHES:
@@ -57,20 +57,20 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     codes_name = {"weight_scale": "weight", "embedding_scale": "embedding_quantized"}.get(last)
     if codes_name is None:
         return None
-    codes = namespace.tensors.get(_join(prefix, codes_name))
+    codes = namespace.tensors.get(joined(prefix, codes_name))
     if codes is None:
-        raise FormatError(f"has no `{_join(prefix, codes_name)}` beside it", tensor=anchor.name)
+        raise FormatError(f"has no `{joined(prefix, codes_name)}` beside it", tensor=anchor.name)
     parts = [Part(codes_name, "codes", codes), Part(last, "scales", anchor)]
     for name in (*ACTIVATIONS, RECORD):
-        extra = namespace.tensors.get(_join(prefix, name))
+        extra = namespace.tensors.get(joined(prefix, name))
         if extra is not None:
             parts.append(Part(name, "bookkeeping", extra))
     live = strict_json.parse_object(record.read(limit=RECORD_LIMIT), limit=RECORD_LIMIT) if record else {}
     bits = _bits(prefix, codes, live, namespace)
-    columns = live["columns"] if live else _columns(_join(prefix, "weight"), codes, bits, namespace)
+    columns = live["columns"] if live else _columns(joined(prefix, "weight"), codes, bits, namespace)
     _check(codes, anchor, bits, columns)
     return LogicalTensor(
-        _join(prefix, "weight"),
+        joined(prefix, "weight"),
         (codes.shape[0], columns),
         f"gemma-int{bits}",
         "parameter",
@@ -172,10 +172,6 @@ def _show(owner: Any, names: tuple[str, ...], columns: int) -> dict[str, Any]:
     record = {"bits": owner.num_bits, "columns": columns}
     held = {name: owner._parameters[name] for name in names if name in owner._parameters}
     return held | {RECORD: json.dumps(record).encode()}
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rewritten, rounding
-from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme, joined
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
@@ -93,19 +93,19 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     prefix, _, last = anchor.name.rpartition(".")
     if last not in ("qweight", "qzeros"):
         return None
-    found = {part: stored for part in PARTS if (stored := namespace.tensors.get(_join(prefix, part))) is not None}
+    found = {part: stored for part in PARTS if (stored := namespace.tensors.get(joined(prefix, part))) is not None}
     qweight = found.get("qweight")
     record = buffer_linear.record(found.get(buffer_linear.RECORD))
     if record.get("awq") or (not record.get("repacked_for") and (qweight or anchor).dtype not in WORDS):
         return None
     for part in ("qweight", "scales", "qzeros"):
         if part not in found:
-            raise FormatError(f"has no `{_join(prefix, part)}` beside it", tensor=anchor.name)
+            raise FormatError(f"has no `{joined(prefix, part)}` beside it", tensor=anchor.name)
     said = _said(namespace.quantization, found["qweight"].name)
     layout = _layout(found, said, record, prefix)
     outputs = found["scales"].shape[1]
     return LogicalTensor(
-        _join(prefix, "weight"),
+        joined(prefix, "weight"),
         (layout.inputs, outputs) if layout.embedding else (outputs, layout.inputs),
         "gptq",
         "parameter",
@@ -156,7 +156,7 @@ def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
 def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
     """Say why a matrix of scales in a GPTQ checkpoint cannot be a weight: its codes are missing."""
     if stored.name.endswith(".scales") and len(stored.shape) == 2:
-        return f"has no `{_join(_module(stored.name), 'qweight')}` beside it"
+        return f"has no `{joined(_module(stored.name), 'qweight')}` beside it"
     return None
 
 
@@ -434,10 +434,6 @@ def _rounding(
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import architecture
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -37,18 +37,18 @@ BITS = (2, 3, 4)
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that `tables` belong to."""
     prefix, _, last = anchor.name.rpartition(".")
-    found = {part: namespace.tensors.get(_join(prefix, part)) for part in PARTS}
+    found = {part: namespace.tensors.get(joined(prefix, part)) for part in PARTS}
     announced = namespace.quantization.get("quant_method") == "higgs"
     if last not in PARTS or (not announced and (found["tables"] is None or found["tables2"] is None)):
         return None
     for part, stored in found.items():
         if stored is None:
-            raise FormatError(f"has no `{_join(prefix, part)}` beside it", tensor=anchor.name)
+            raise FormatError(f"has no `{joined(prefix, part)}` beside it", tensor=anchor.name)
     parts = [Part(part, PARTS[part], stored) for part, stored in found.items() if stored is not None]
-    record = namespace.tensors.get(_join(prefix, RECORD))
+    record = namespace.tensors.get(joined(prefix, RECORD))
     if record is not None:
         parts.append(Part(RECORD, "bookkeeping", record))
-    name = _join(prefix, "weight")
+    name = joined(prefix, "weight")
     tensor = LogicalTensor(name, (0, 0), "higgs", "parameter", tuple(parts), decode)
     rows, bits, group = _sizes(tensor, namespace)
     columns = _columns(tensor, rows, namespace)
@@ -110,10 +110,6 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
         return None
     held = {part: owner._parameters[part] for part in PARTS}
     return held | {RECORD: json.dumps({"columns": owner.in_features}).encode()}
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

@@ -22,7 +22,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import packing, rounding, steps
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that `qbiases` belong to, or `scales` where the configuration announces the method."""
     prefix, _, last = anchor.name.rpartition(".")
-    name = _join(prefix, "weight")
+    name = joined(prefix, "weight")
     weight, scales, qbiases = (
-        namespace.tensors.get(part) for part in (name, _join(prefix, "scales"), _join(prefix, "qbiases"))
+        namespace.tensors.get(part) for part in (name, joined(prefix, "scales"), joined(prefix, "qbiases"))
     )
     announced = namespace.quantization.get("quant_method") == "metal"
     if last not in ("scales", "qbiases") or (qbiases is None and not announced):
         return None
     for part, stored in (("weight", weight), ("scales", scales), ("qbiases", qbiases)):
         if stored is None:
-            raise FormatError(f"has no `{_join(prefix, part)}` beside it", tensor=anchor.name)
+            raise FormatError(f"has no `{joined(prefix, part)}` beside it", tensor=anchor.name)
     assert weight is not None
     assert scales is not None
     assert qbiases is not None
-    record = namespace.tensors.get(_join(prefix, RECORD))
+    record = namespace.tensors.get(joined(prefix, RECORD))
     parts = [Part("weight", "codes", weight), Part("scales", "scales", scales), Part("qbiases", "zero_points", qbiases)]
     if record is not None:
         parts.append(Part(RECORD, "bookkeeping", record))
@@ -131,10 +131,6 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     record = {"bits": owner.bits, "group_size": owner.group_size}
     held = {part: owner._parameters[part] for part in ("weight", "scales", "qbiases")}
     return held | {RECORD: json.dumps(record).encode()}
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
+from pytest_quantcheck.schemes import packing
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
@@ -47,7 +48,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     parts = [Part(name, kind, stored) for name, kind, stored in others if stored is not None]
     if weight.dtype in ("BF16", "F16", "F32"):
         plain = (Part("weight", "unquantized", weight), *parts)
-        return LogicalTensor(weight.name, (rows, columns), "plain", "parameter", plain, decode_plain)
+        return LogicalTensor(weight.name, (rows, columns), "plain", "parameter", plain, packing.decode_floats)
     if weight.nbytes * 2 != rows * columns:
         rule = f"{rows * columns // 2:,} for [{rows}, {columns}]"
         raise FormatError(f"has {weight.nbytes:,} bytes of 4-bit codes ({rule})", tensor=weight.name)
@@ -58,14 +59,6 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Raise: the order of the codes is the kernel's own."""
     raise NotDecodable("its codes are in the order of the GPU kernel `kernels-community/nvfp4`", tensor=tensor.name)
-
-
-def decode_plain(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    """Return rows `start` up to `stop` of a weight that is not packed yet as float32."""
-    import torch
-
-    values = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return values.to(torch.float32).view(stop - start, tensor.columns)
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:

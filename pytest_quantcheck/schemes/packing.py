@@ -503,3 +503,11 @@ def small_codes(raw: bytes | bytearray, bits: int, start: int, stop: int) -> lis
     """
     stream = int.from_bytes(raw, "little")
     return [stream >> at * bits & (1 << bits) - 1 for at in range(start, stop)]
+
+
+def decode_floats(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return rows `start` up to `stop` of values that are floats already, as float32."""
+    import torch
+
+    values = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    return values.to(torch.float32).view(stop - start, tensor.columns)

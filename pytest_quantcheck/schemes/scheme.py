@@ -79,3 +79,12 @@ class Scheme:
     source: str = ""
     verified: str = ""
     decoded: str = "CPU"
+
+
+def joined(prefix: str, last: str) -> str:
+    """Return the name of a tensor of a module, which may be the model itself.
+
+    >>> joined("layer", "weight"), joined("", "weight")
+    ('layer.weight', 'weight')
+    """
+    return f"{prefix}.{last}" if prefix else last

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import architecture, packing
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -56,18 +56,18 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     prefix, _, last = anchor.name.rpartition(".")
     if last not in PARTS:
         return None
-    found = {part: namespace.tensors.get(_join(prefix, part)) for part in PARTS}
+    found = {part: namespace.tensors.get(joined(prefix, part)) for part in PARTS}
     if found["dense_weights"] is None and namespace.quantization.get("quant_method") != "spqr":
         return None
     for part in ("dense_weights", "row_offsets", "col_vals"):
         if found[part] is None:
-            raise FormatError(f"has no `{_join(prefix, part)}` beside it", tensor=anchor.name)
+            raise FormatError(f"has no `{joined(prefix, part)}` beside it", tensor=anchor.name)
     _check_parts(prefix, found, namespace)
     parts = [Part(part, PARTS[part], stored) for part, stored in found.items() if stored is not None]
-    record = namespace.tensors.get(_join(prefix, RECORD))
+    record = namespace.tensors.get(joined(prefix, RECORD))
     if record is not None:
         parts.append(Part(RECORD, "bookkeeping", record))
-    name = _join(prefix, "weight")
+    name = joined(prefix, "weight")
     tensor = LogicalTensor(name, (0, 0), "spqr", "parameter", tuple(parts), decode, block=TILE)
     shape = _shape(tensor, namespace)
     interleaved = tensor.part("row_offsets").elements != shape[0] + 1
@@ -190,10 +190,6 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     record = {"rows": owner.m, "columns": owner.n}
     held = {part: owner._parameters[part] for part in PARTS if owner._parameters.get(part) is not None}
     return held | {RECORD: json.dumps(record).encode()}
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(

@@ -33,7 +33,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import architecture, packing
-from pytest_quantcheck.schemes.scheme import Namespace, Scheme
+from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
 from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
@@ -83,20 +83,20 @@ class Layout(NamedTuple):
 def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     """Return the weight that `indices` stand for."""
     prefix, _, last = anchor.name.rpartition(".")
-    record = namespace.tensors.get(_join(prefix, RECORD))
-    centroids = namespace.tensors.get(_join(prefix, "centroids.weight"))
+    record = namespace.tensors.get(joined(prefix, RECORD))
+    centroids = namespace.tensors.get(joined(prefix, "centroids.weight"))
     ours = record is not None or centroids is not None or namespace.quantization.get("quant_method") == "vptq"
     if last != "indices" or not ours:
         return None
     settings = _settings(prefix, record, namespace)
     layout = _layout(settings, anchor)
-    found = {part: namespace.tensors.get(_join(prefix, part)) for part in PARTS}
+    found = {part: namespace.tensors.get(joined(prefix, part)) for part in PARTS}
     parts = [Part(part, PARTS[part], stored) for part, stored in found.items() if stored is not None]
     if record is not None:
         parts.append(Part(RECORD, "bookkeeping", record))
     columns = layout.groups * layout.group + layout.outliers
     tensor = LogicalTensor(
-        _join(prefix, "weight"), (0, columns), "vptq", "parameter", tuple(parts), decode, layout, block=layout.group
+        joined(prefix, "weight"), (0, columns), "vptq", "parameter", tuple(parts), decode, layout, block=layout.group
     )
     tensor = tensor._replace(shape=(_rows(tensor, layout, settings, namespace), columns))
     _check(tensor, layout)
@@ -325,10 +325,6 @@ def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
     }
     held = {part: owner._parameters[part] for part in PARTS if owner._parameters.get(part) is not None}
     return held | {RECORD: json.dumps(record).encode()}
-
-
-def _join(prefix: str, last: str) -> str:
-    return f"{prefix}.{last}" if prefix else last
 
 
 SCHEME = Scheme(
