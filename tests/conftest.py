@@ -25,3 +25,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function that returns the folder of a small unquantized model, saved once for all tests of a module."""
+    from tests import models
+
+    folders = {}
+
+    def save(kind: str):
+        if kind not in folders:
+            folders[kind] = models.save(kind, tmp_path_factory.mktemp(kind) / "model")
+        return folders[kind]
+
+    return save

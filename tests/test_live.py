@@ -28,18 +28,6 @@ KINDS = ["llama", "llama-tied", "mixtral", "gpt2"]
 QUANTIZATIONS = {"nf4": models.NF4, "int8": models.INT8}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folders = {}
-
-    def save(kind: str):
-        if kind not in folders:
-            folders[kind] = models.save(kind, tmp_path_factory.mktemp(kind) / "model")
-        return folders[kind]
-
-    return save
-
-
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_count_unquantized_live_and_on_disk(kind, quantization, saved, tmp_path):

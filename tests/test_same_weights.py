@@ -48,18 +48,6 @@ def int8(rows: int = 33, columns: int = 100) -> nn.Module:
 # Whole models, through every way that weights go.
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folders = {}
-
-    def save(kind: str):
-        if kind not in folders:
-            folders[kind] = models.save(kind, tmp_path_factory.mktemp(kind) / "model")
-        return folders[kind]
-
-    return save
-
-
 @pytest.mark.parametrize("quantization", [models.NF4, models.INT8, {}], ids=["nf4", "int8", "plain"])
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
 def test_models_survive_saving_loading_copying_and_moving(kind, quantization, saved, tmp_path):
