@@ -165,7 +165,7 @@ def inspect(subject: Subject, *, verify_architecture: bool = False) -> Artifact:
     """Return the artifact at a path or URL, or of a live model, as logical tensors.
 
     Reads headers, the few small tensors that decide a shape, and samples of an output head and an embedding that may
-    be the same: no torch for a path, unless an ONNX file has such a pair and one of the two is encoded.
+    be the same: no torch for a path, unless an ONNX file has such a pair in an encoding that takes it.
     `verify_architecture` has transformers build the unquantized model of config.json on the meta device and adds a
     finding for every logical tensor that disagrees with it in shape.
     Raises `FormatError` for what cannot be read exactly, and `TypeError` for what is neither a path nor a module.

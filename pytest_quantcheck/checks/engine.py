@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.checks import views, window
 from pytest_quantcheck.checks.metrics import WEAK, Extremes, Fidelity, Shard, Sums
+from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.shards import cuts, pieces
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES
@@ -68,9 +69,6 @@ class Measured(NamedTuple):
     in_steps: bool
 
 
-Pair = tuple[LogicalTensor, LogicalTensor]
-
-
 def measure(
     tensor: LogicalTensor, reference: LogicalTensor, *, device: str = "cpu", in_steps: bool = False
 ) -> Fidelity:
@@ -79,7 +77,7 @@ def measure(
     `in_steps` measures errors in quantization steps too, where they are known: that takes several times longer.
     Raises `NotDecodable` where values cannot be reached.
     """
-    (row,) = measure_each([(tensor, reference)], device=device, in_steps=in_steps, workers=1)
+    (row,) = measure_each([Pair(tensor, reference)], device=device, in_steps=in_steps, workers=1)
     return row
 
 
@@ -192,10 +190,10 @@ def _flat(tensor: LogicalTensor, reference: LogicalTensor) -> Pair:
     columns = tensor.columns
     plain = not tensor.quantized and not reference.quantized and not views.is_view(reference)
     if not plain or tensor.paired_rows or reference.paired_rows or 16 <= columns <= WINDOW:
-        return tensor, reference
+        return Pair(tensor, reference)
     width = next((width for width in (4096, 1024, 256, 64, 16) if tensor.params % width == 0), 1)
     shape = (tensor.params // width, width)
-    return tensor._replace(shape=shape), reference._replace(shape=shape)
+    return Pair(tensor._replace(shape=shape), reference._replace(shape=shape))
 
 
 def _rows_per_window(tensor: LogicalTensor, values: int) -> int:

@@ -84,7 +84,7 @@ def _judged(
 ) -> list[Fidelity]:
     """All pairs, judged; where one fails that was rounded in part, it is judged by what all of it rounds to."""
     wanted = [
-        (tensor if expects_rounding(tensor, limits) else tensor._replace(rounding=None), other)
+        Pair(tensor if expects_rounding(tensor, limits) else tensor._replace(rounding=None), other)
         for tensor, other in pairs
     ]
     found = measured(wanted, sample=True, progress=progress)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from pytest_quantcheck.checks.metrics import sqnr_db
 from pytest_quantcheck.checks.pairing import FUSED, Pair, Pairing
 from pytest_quantcheck.checks.views import scaled
 from pytest_quantcheck.finding import Finding
@@ -186,8 +187,7 @@ def _both(pair: Pair, start: int, stop: int, device: str) -> tuple[torch.Tensor,
 
 
 def _db(reference: torch.Tensor, values: torch.Tensor) -> float:
-    noise = (values - reference).square().sum()
-    return float(10 * (reference.square().sum() / noise).log10())
+    return sqnr_db(float(reference.square().sum()), float((values - reference).square().sum()))
 
 
 def _span(factors: torch.Tensor) -> str:

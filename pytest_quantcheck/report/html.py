@@ -75,7 +75,7 @@ def _environment() -> Environment:
         "count": format_count,
         "percent": "{:.1%}".format,
         "share": _share,
-        "signed": _signed,
+        "signed": sizes.signed,
         "duration": durations.duration,
         "speed": durations.speed,
     }
@@ -101,10 +101,6 @@ def _hash(text: str) -> str:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _signed(size: int) -> str:
-    return f"{'+' if size > 0 else ''}{format_size(size)}"
 
 
 def _details(checked: Checked, artifact: ArtifactRun) -> list[str]:

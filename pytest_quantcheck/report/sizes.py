@@ -204,10 +204,11 @@ def columns(size: int) -> str:
 
 def _grown(total: Total) -> str:
     share = f" ({total.growth / total.old:+.1%})" if total.old else ""
-    return f"{_signed(total.growth)}{share}"
+    return f"{signed(total.growth)}{share}"
 
 
-def _signed(size: int) -> str:
+def signed(size: int) -> str:
+    """Return a growth in bytes, with its sign."""
     return f"{'+' if size > 0 else ''}{format_size(size)}"
 
 
