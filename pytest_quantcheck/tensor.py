@@ -134,6 +134,7 @@ class Origin(NamedTuple):
 
 
 Decoder = Callable[["LogicalTensor", int, int, str], "torch.Tensor"]
+Coder = Callable[["LogicalTensor", int, int, str], "Coded | None"]
 Cells = Callable[["LogicalTensor", int, int, int], list[float]]
 
 
@@ -152,6 +153,9 @@ class Rounding(NamedTuple):
     `steps(tensor, start, stop, device)` returns, float32 `[rows, columns]`, twice how far a value may be from what is
     stored for it, were it rounded to nearest under the stored scales: no error is over half of it. It is infinite for a
     code at the end of a range that may clip. None where codes are not chosen one by one (GPTQ), or not known.
+
+    `levels(largest)` says how blocks of `size` values of a row are rounded to a codebook, given the largest magnitude
+    of each, float32 `[blocks, 1]`: for a loop that does it on the way. None for all else.
     """
 
     nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]
@@ -159,6 +163,36 @@ class Rounding(NamedTuple):
     whole: bool = False
     margin_db: float = 1.5
     steps: Steps | None = None
+    levels: Callable[[torch.Tensor], Levels] | None = None
+    size: int = 1
+
+
+class Levels(NamedTuple):
+    """How blocks are rounded to a codebook: w becomes `scale * table[(w * step + entries / 2)]`, cut to the table.
+
+    steps, scales  # (blocks, 1) float32
+    table          # (entries,) float32, an odd number: the level nearest to each place of its range
+    """
+
+    steps: torch.Tensor
+    scales: torch.Tensor
+    table: torch.Tensor
+
+
+class Coded(NamedTuple):
+    """Rows of values as they are written, for a loop that decodes and compares at once.
+
+    Value i of a row is `table[code i] * scales[row, i // size]`, in float32. Rows lie one behind the other.
+
+    codes   # (rows * columns / width,) uint8, each of `width` values, in their order
+    table   # (256, width) float32
+    scales  # (rows, ceil(columns / size)) float32
+    """
+
+    codes: torch.Tensor
+    table: torch.Tensor
+    scales: torch.Tensor
+    size: int
 
 
 class LogicalTensor(NamedTuple):

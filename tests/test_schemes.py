@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from pytest_quantcheck import NotDecodable, inspect
+from pytest_quantcheck import NotDecodable, compiled, inspect
 from pytest_quantcheck.checks.tree import tree
 from pytest_quantcheck.checks.why import explain
+from pytest_quantcheck.schemes import packing
 from tests.cases import Case, Made, all_cases
 from tests.scheme_table import PAGE, lines, saved
 
@@ -104,6 +105,31 @@ def test_rounding_and_steps_fit_what_is_decoded(case, artifact, made):
         assert not (steps < 0).any()
         first = rounding.steps(tensor, 0, 1, "cpu")
         assert torch.equal(first.nan_to_num(), steps[:1].nan_to_num())
+
+
+@each_case
+def test_compiled_loops_give_the_same_bits(case, artifact, made):
+    """Decoded and rounded, and as codes where a scheme can say them."""
+    tensor = artifact.tensor(case.name)
+    if made(case).values is None:
+        pytest.skip("counted and weighed only")
+    values, rounding = tensor.decode(), tensor.rounding
+    largest = float(values.abs().max())
+    rounded = None if rounding is None else rounding.nearest(tensor, values, largest)
+    with compiled.used(True):
+        assert compiled.loops("windows") is not None
+        assert same_bits(tensor.decode(), values)
+        assert rounded is None or same_bits(rounding.nearest(tensor, values, largest), rounded)
+        coded = (
+            packing.CODERS[tensor.decoder](tensor, 0, tensor.rows, "cpu") if tensor.decoder in packing.CODERS else None
+        )
+        assert coded is None or same_bits(packing.expand(coded), values)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether all values are the same, -0.0 told from 0.0, and any NaN for another."""
+    words = [values.masked_fill(values.isnan(), 0).contiguous().view(torch.int32) for values in (one, other)]
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(*words)
 
 
 @each_case

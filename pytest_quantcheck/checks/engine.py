@@ -18,18 +18,21 @@ from itertools import groupby
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.checks import views, window
-from pytest_quantcheck.checks.metrics import WEAK, Extremes, Fidelity, Shard, Sums
+from pytest_quantcheck.checks.metrics import Extremes, Fidelity, Shard, Sums
 from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.shards import cuts, pieces
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES
+from pytest_quantcheck.schemes import packing, plain
 from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
     import torch
 
 WINDOW = 1 << 19
+CODED_WINDOW = 1 << 20  # nothing decoded of it lies in memory
 GPU_WINDOW = 1 << 24
 ROWS = 4096  # of a window at most, so that no sum over rows is long
 SLAB = 1 << 24
@@ -37,12 +40,21 @@ STRIP = 1 << 22  # values of a turned reference that are read at once
 HELD = 1 << 22  # bytes of a part that every window looks into
 THREADS = 8
 
-# Rounding to nearest costs more than all that is measured. Of a tensor of many windows it is tried on one in four, and
-# on those with a weak place.
-SAMPLED, SAMPLED_FROM = 4, 8
+# Rounding to nearest costs more than all that is measured. Of a tensor of so many values it is tried on one window in
+# four, and on those with a weak place.
+SAMPLED, SAMPLED_FROM = 4, 1 << 22
 
 # Floats to which casting is exact to say: to nearest, ties to even.
 CASTS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class Given(NamedTuple):
+    """What holds for all pairs that are measured together."""
+
+    device: str = "cpu"
+    in_steps: bool = False
+    sample: bool = False
+    compiled: bool = False
 
 
 class Slab(NamedTuple):
@@ -57,6 +69,7 @@ class Slab(NamedTuple):
     device: str
     in_steps: bool
     sampled: int  # every how manyth window is rounded to nearest
+    compiled: bool
 
 
 class Measured(NamedTuple):
@@ -98,7 +111,8 @@ def measure_each(
     Slabs go to `executor`, or to `workers` threads of this process (as many as torch would use, at most eight; one for
     a GPU). `progress` is told how many values have been compared since it was told last.
     """
-    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, device, in_steps, sample)]
+    given = Given(device, in_steps, sample, compiled.pays(sum(pair[0].params for pair in pairs), device))
+    slabs = [slab for at, pair in enumerate(pairs) for slab in _slabs(at, pair, given)]
     batches = list(_batches(slabs))
     with _running(executor, workers, device) as submit:
         for at, parts in groupby(_told(submit(batches), progress), key=lambda part: part.pair):
@@ -159,16 +173,23 @@ def _told(parts: Iterator[Measured], progress: Callable[[int], None] | None) -> 
         yield part
 
 
-def _slabs(at: int, pair: Pair, device: str, in_steps: bool, sample: bool = False) -> Iterator[Slab]:
+def _slabs(at: int, pair: Pair, given: Given) -> Iterator[Slab]:
     tensor, reference = _flat(*pair)
-    step = _rows_per_window(tensor, GPU_WINDOW if device != "cpu" else WINDOW)
-    in_steps = in_steps and tensor.rounding is not None and tensor.rounding.steps is not None
+    step = _rows_per_window(tensor, _window(tensor, given))
+    in_steps = given.in_steps and tensor.rounding is not None and tensor.rounding.steps is not None
     rows = max(step, SLAB // max(1, tensor.columns) // step * step)
-    sampled = SAMPLED if sample and tensor.rows >= SAMPLED_FROM * step else 1
+    sampled = SAMPLED if given.sample and tensor.params >= SAMPLED_FROM else 1
     if tensor.rounding is not None and tensor.rounding.whole:
         rows = max(1, tensor.rows)  # the largest magnitude of all is looked for once
     for start in range(0, max(1, tensor.rows), rows):
-        yield Slab(at, tensor, reference, start, min(start + rows, tensor.rows), step, device, in_steps, sampled)
+        stop = min(start + rows, tensor.rows)
+        yield Slab(at, tensor, reference, start, stop, step, given.device, in_steps, sampled, given.compiled)
+
+
+def _window(tensor: LogicalTensor, given: Given) -> int:
+    if given.device != "cpu":
+        return GPU_WINDOW
+    return CODED_WINDOW if given.compiled and tensor.decoder in packing.CODERS else WINDOW
 
 
 def _batches(slabs: Iterable[Slab]) -> Iterator[list[Slab]]:
@@ -209,6 +230,11 @@ def _rows_per_window(tensor: LogicalTensor, values: int) -> int:
 
 def _measure(slab: Slab) -> Measured:
     """Add up one slab."""
+    with compiled.used(slab.compiled):
+        return _added_up(slab)
+
+
+def _added_up(slab: Slab) -> Measured:
     where = cuts(slab.tensor)
     shards = [Sums() for _ in where.starts]
     extremes = Extremes()
@@ -228,15 +254,37 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
     rounding = tensor.rounding
     largest = _largest(reference, device) if rounding is not None and rounding.whole else None
     exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
-    for start, decoded, wanted in _decoded(slab, tensor, reference):
-        changed = _changed(tensor, decoded, wanted) if exact else 0
-        found = _rounded_against(slab, tensor, decoded, wanted, largest, start)
-        extremes = found.extremes._replace(changed=changed)
-        if slab.in_steps and rounding is not None and rounding.steps is not None:
-            steps = rounding.steps(tensor, start, start + len(wanted), device)
-            worst, beyond = window.in_steps(decoded - wanted, steps)
-            extremes = extremes._replace(max_steps=worst, beyond=beyond)
-        yield start, found._replace(extremes=extremes)
+    for low, high in _strips(slab, tensor, reference):
+        at_once = _at_once(slab, tensor, reference, low, high)
+        if at_once is not None:
+            yield low, at_once
+            continue
+        for start, decoded, wanted in _decoded(slab, tensor, reference, low, high):
+            changed = _changed(tensor, decoded, wanted) if exact else 0
+            found = _rounded_against(slab, tensor, decoded, wanted, largest, start)
+            extremes = found.extremes._replace(changed=changed)
+            if slab.in_steps and rounding is not None and rounding.steps is not None:
+                steps = rounding.steps(tensor, start, start + len(wanted), device)
+                worst, beyond = window.in_steps(decoded - wanted, steps)
+                extremes = extremes._replace(max_steps=worst, beyond=beyond)
+            yield start, found._replace(extremes=extremes)
+
+
+def _at_once(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, start: int, stop: int) -> window.Rows | None:
+    """What a window has where one loop decodes and compares it; None where that cannot be, or values look weak."""
+    coder, rounding = packing.CODERS.get(tensor.decoder), tensor.rounding
+    rounded = rounding if _is_turn(slab, tensor, start) else None
+    cannot_round = rounded is not None and (rounded.levels is None or tensor.columns % rounded.size)
+    if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift or slab.in_steps or cannot_round:
+        return None
+    coded = coder(tensor, start, stop, slab.device)
+    if coded is None:
+        return None
+    as_stored = reference.decoder is plain.decode and reference.stored.dtype == "BF16" and not reference.shift
+    rows = packing.stored_rows if as_stored and not reference.paired_rows else LogicalTensor.decode
+    wanted = rows(reference, start, stop, slab.device)
+    found = window.measure_coded(coded, wanted, rounded, block=tensor.block or window.SHORT, first=start)
+    return None if found is None or (found.weak and rounded is not rounding) else found
 
 
 def _rounded_against(
@@ -247,9 +295,9 @@ def _rounded_against(
     rounding = tensor.rounding
     if rounding is None:
         return measured(None)
-    if start // slab.step % slab.sampled:
+    if not _is_turn(slab, tensor, start):
         found = measured(None)
-        if min(found.extremes.min_block, found.extremes.min_row) >= WEAK:
+        if not found.weak:
             return found
     return measured(rounding.nearest(tensor, wanted, largest))
 
@@ -273,21 +321,30 @@ def _held(tensor: LogicalTensor) -> LogicalTensor:
     return tensor._replace(parts=(first, *parts))
 
 
-def _decoded(
-    slab: Slab, tensor: LogicalTensor, reference: LogicalTensor
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield the first row of each window and both sides of it; many are decoded at once where that is cheaper."""
+def _is_turn(slab: Slab, tensor: LogicalTensor, start: int) -> bool:
+    """Whether the window that starts there is one of those that are rounded to nearest."""
+    return tensor.rounding is not None and start // slab.step % slab.sampled == 0
+
+
+def _strips(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor) -> Iterator[tuple[int, int]]:
+    """Yield the rows that are decoded at once: a window, or many where that is cheaper."""
     if not tensor.params:
         return
     strip = slab.step
     if views.is_turned(reference) or _lies_across(tensor):
         strip = max(slab.step, STRIP // max(1, tensor.columns) // slab.step * slab.step)
     for low in range(slab.start, slab.stop, strip):
-        high = min(low + strip, slab.stop)
-        ours, theirs = (one.decode(low, high, slab.device) for one in (tensor, reference))
-        for start in range(0, high - low, slab.step):
-            stop = start + slab.step
-            yield low + start, ours[start:stop], theirs[start:stop]
+        yield low, min(low + strip, slab.stop)
+
+
+def _decoded(
+    slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, low: int, high: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield the first row of each window and both sides of it."""
+    ours, theirs = (one.decode(low, high, slab.device) for one in (tensor, reference))
+    for start in range(0, high - low, slab.step):
+        stop = start + slab.step
+        yield low + start, ours[start:stop], theirs[start:stop]
 
 
 def _lies_across(tensor: LogicalTensor) -> bool:

@@ -9,12 +9,16 @@ never splits one of them between threads: the same values give the same bits, ho
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_quantcheck.checks.metrics import LOST, Extremes, Sums
+from pytest_quantcheck import compiled
+from pytest_quantcheck.checks.metrics import LOST, WEAK, Extremes, Sums
 
 if TYPE_CHECKING:
     import torch
+
+    from pytest_quantcheck.tensor import Coded, Rounding
 
 SHORT = 64
 LONG = (4096, 2048, 1024, 512, 256, 128)
@@ -31,6 +35,11 @@ class Rows(NamedTuple):
     rounded: torch.Tensor | None
     columns: int
     extremes: Extremes
+
+    @property
+    def weak(self) -> bool:
+        """Whether a block or a row makes it worth asking what rounding to nearest would make of it."""
+        return min(self.extremes.min_block, self.extremes.min_row) < WEAK
 
     def over(self, start: int, stop: int) -> Sums:
         """Return the sums over some rows."""
@@ -50,53 +59,95 @@ def measure(
     """Return the sums of each row and the extremes of a window whose first row is `first`; a block starts there too."""
     import torch
 
-    columns = decoded.shape[1]
-    width = block if block and columns % block == 0 else min(SHORT, columns)
-    long = next((length for length in LONG if columns % length == 0), width)
-    scratch = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
-    signal, blocks = _energy(torch.mul(reference, reference, out=scratch), width, block)
-    power, total = _over_rows(signal), _over_rows(_short_sums(reference, long))
-
-    def against(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        noise, noise_of_blocks = _energy(_squared_error(values, reference, scratch), width, block)
-        largest = float(scratch.amax().sqrt())  # the root of a square is the number again
-        product = _over_rows(_short_sums(torch.mul(reference, values, out=scratch), width))
-        drift = _over_rows(_short_sums(values, long)) - total
-        return torch.stack((power, _over_rows(noise), product - power, total, drift)), noise_of_blocks, largest
-
-    sums, noise, max_error = against(decoded)
-    rounded_sums, rounded_noise, _ = (None, None, 0.0) if rounded is None else against(rounded)
-    non_finite = [0, 0]
-    if not bool(torch.isfinite(sums).all()):
-        non_finite = [int((~torch.isfinite(values)).sum()) for values in (decoded, reference)]
+    against = _compared_in_loops(reference, block) or _compared_by_torch(reference, block)
+    found = against(decoded)
+    more = None if rounded is None else against(rounded)
+    non_finite = (0, 0)
+    if not bool(torch.isfinite(found.sums).all()):
+        non_finite = (int((~torch.isfinite(decoded)).sum()), int((~torch.isfinite(reference)).sum()))
         if not any(non_finite) and decoded.dtype == torch.float32:  # their squares are too large for it
             twice = None if rounded is None else rounded.double()
             return measure(decoded.double(), reference.double(), twice, block=block, first=first)
-    extremes = _places(sums, rounded_sums, (blocks, noise, rounded_noise), first)._replace(
-        max_error=max_error,
-        zeros=_zeros(decoded, scratch),
-        reference_zeros=_zeros(reference, scratch),
-        non_finite=non_finite[0],
-        reference_non_finite=non_finite[1],
-    )
-    return Rows(sums, rounded_sums, columns, extremes)
+    extremes = _places(found, more, first)._replace(non_finite=non_finite[0], reference_non_finite=non_finite[1])
+    zeros = extremes._replace(zeros=_zeros(decoded), reference_zeros=_zeros(reference))
+    return Rows(found.sums, None if more is None else more.sums, decoded.shape[1], zeros)
 
 
-def _places(
-    sums: torch.Tensor,
-    rounded: torch.Tensor | None,
-    blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    first: int,
-) -> Extremes:
+def measure_coded(
+    coded: Coded, reference: torch.Tensor, rounding: Rounding | None, *, block: int, first: int
+) -> Rows | None:
+    """Return the same of rows that are decoded, and rounded to nearest, on the way.
+
+    None where no loops are in use, or a value is not finite.
+
+    reference  # (rows, columns) float32 or bfloat16
+    """
+    import torch
+
+    loops = compiled.loops("windows")
+    if loops is None:
+        return None
+    sums, rounded, zeros, reference_zeros = loops.compare_coded(coded, reference, block, rounding)
+    found, more = _Compared(*sums), None if rounded is None else _Compared(*rounded)
+    if not bool(torch.isfinite(found.sums).all()):
+        return None
+    extremes = _places(found, more, first)._replace(zeros=zeros, reference_zeros=reference_zeros)
+    return Rows(found.sums, None if more is None else more.sums, reference.shape[1], extremes)
+
+
+class _Compared(NamedTuple):
+    """One side against the reference: the sums of each row, what blocks have, the largest error."""
+
+    sums: torch.Tensor
+    signal: torch.Tensor  # of each block
+    noise: torch.Tensor
+    max_error: float
+
+
+def _compared_in_loops(reference: torch.Tensor, block: int | None) -> Callable[[torch.Tensor], _Compared] | None:
+    """One fused pass for each side, where compiled loops are in use."""
+    loops = compiled.loops("windows")
+    if loops is None or reference.element_size() != 4:
+        return None
+    size = min(block or SHORT, reference.numel())
+
+    def against(values: torch.Tensor) -> _Compared:
+        return _Compared(*loops.compare(values, reference, size))
+
+    return against
+
+
+def _compared_by_torch(reference: torch.Tensor, block: int | None) -> Callable[[torch.Tensor], _Compared]:
+    """As few passes as there can be; what is of the reference alone is taken once."""
+    import torch
+
+    columns = reference.shape[1]
+    width = block if block and columns % block == 0 else min(SHORT, columns)
+    long = next((length for length in LONG if columns % length == 0), width)
+    scratch = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
+    short, signal = _energy(torch.mul(reference, reference, out=scratch), width, block)
+    power, total = _over_rows(short), _over_rows(_short_sums(reference, long))
+
+    def against(values: torch.Tensor) -> _Compared:
+        short, noise = _energy(_squared_error(values, reference, scratch), width, block)
+        largest = float(scratch.amax().sqrt())  # the root of a square is the number again
+        product = _over_rows(_short_sums(torch.mul(reference, values, out=scratch), width))
+        drift = _over_rows(_short_sums(values, long)) - total
+        sums = torch.stack((power, _over_rows(short), product - power, total, drift))
+        return _Compared(sums, signal, noise, largest)
+
+    return against
+
+
+def _places(found: _Compared, rounded: _Compared | None, first: int) -> Extremes:
     """The worst row and the worst block, and the worst of those that rounding to nearest does better."""
-    signal, noise, rounded_noise = blocks
-    rows, block = _ratio(sums[0], sums[1]), _ratio(signal, noise)
+    rows, block = _ratio(found.sums[0], found.sums[1]), _ratio(found.signal, found.noise)
     row = int(rows.argmin())
-    seen = Extremes(min_block=float(block.amin()), min_row=float(rows[row]), row=first + row)
-    if rounded is None or rounded_noise is None:
+    seen = Extremes(found.max_error, min_block=float(block.amin()), min_row=float(rows[row]), row=first + row)
+    if rounded is None:
         return seen
-    lost = rows.where(rounded[1] * LOST < sums[1], math.inf)
-    lost_block = block.where(rounded_noise * LOST < noise, math.inf)
+    lost = rows.where(rounded.sums[1] * LOST < found.sums[1], math.inf)
+    lost_block = block.where(rounded.noise * LOST < found.noise, math.inf)
     at = int(lost.argmin())
     return seen._replace(lost_block=float(lost_block.amin()), lost_row=float(lost[at]), lost_at=first + at)
 
@@ -119,7 +170,7 @@ def _squared_error(values: torch.Tensor, reference: torch.Tensor, out: torch.Ten
 def _energy(squares: torch.Tensor, width: int, block: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums of squares of `width` values each, and those of the blocks, which may run on across rows."""
     short = _short_sums(squares, width)
-    if width == block:
+    if width == (block or SHORT) and squares.shape[1] % width == 0:
         return short, short
     return short, _short_sums(squares.view(1, -1), min(block or SHORT, squares.numel()))
 
@@ -150,9 +201,12 @@ def _ratio(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (signal / noise).nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
-def _zeros(values: torch.Tensor, scratch: torch.Tensor) -> int:
+def _zeros(values: torch.Tensor) -> int:
     """How many values are exactly zero; a float comparison is faster than one that makes booleans."""
     import torch
 
-    ones = torch.eq(values, 0, out=scratch)
+    loops = compiled.loops("windows")
+    if loops is not None and values.dtype == torch.float32:
+        return loops.count_zeros(values)  # type: ignore[no-any-return]
+    ones = torch.eq(values, 0, out=torch.empty_like(values))
     return int(ones.view(-1, ones.shape[-1]).sum(dim=1).sum(dtype=torch.float64))

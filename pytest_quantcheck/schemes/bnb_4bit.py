@@ -34,7 +34,7 @@ from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import packing, rewritten, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, Steps, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,17 @@ def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
         yield Reading("nested-offset", words, shifted, "`nested_offset` was lost or is another's", along=True)
 
 
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where every row is full blocks."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if layout.packed_for_cpu or tensor.columns % layout.blocksize:
+        return None
+    found = _blocks(tensor, layout, start * tensor.columns, stop * tensor.columns, device)
+    return found._replace(scales=found.scales.view(stop - start, -1))
+
+
+@packing.decodes(coded)
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
     layout = tensor.layout
@@ -160,19 +171,16 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if last <= first:
         return _table(tensor, device).new_empty((stop - start, tensor.columns))
     lead = first % layout.blocksize  # the window opens inside a block: decode from the start of that block
-    codes = tensor.stored.load_bytes((first - lead) // 2, -(-last // 2), device)
+    values = packing.expand(_blocks(tensor, layout, first - lead, last, device)).view(-1)
+    return values[lead : last - first + lead].view(stop - start, tensor.columns)
+
+
+def _blocks(tensor: LogicalTensor, layout: Layout, first: int, last: int, device: str) -> Coded:
+    """The blocks from value `first`, where one starts, to the one that holds the last, as one row."""
+    codes = tensor.stored.load_bytes(first // 2, -(-last // 2), device)
+    blocks = slice(first // layout.blocksize, -(-last // layout.blocksize))
     pairs = packing.nibble_pairs(_table(tensor, device), high_first=True)
-    values = packing.look_up(codes, pairs).view(-1)[: last - first + lead]
-    blocks = slice((first - lead) // layout.blocksize, -(-last // layout.blocksize))
-    _scale_blocks(values, _absmax(tensor, layout, blocks, device), layout.blocksize)
-    return values[lead:].view(stop - start, tensor.columns)
-
-
-def _scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
-    whole = len(values) // blocksize
-    values[: whole * blocksize].view(whole, blocksize).mul_(absmax[:whole].view(-1, 1))
-    if whole < len(absmax):
-        values[whole * blocksize :].mul_(absmax[whole])
+    return Coded(codes, pairs, _absmax(tensor, layout, blocks, device).view(1, -1), layout.blocksize)
 
 
 def _absmax(tensor: LogicalTensor, layout: Layout, blocks: slice, device: str) -> torch.Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+    from pytest_quantcheck.tensor import Coded, Coder, Decoder, LogicalTensor, StoredTensor
 
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -81,7 +82,10 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    indices, width = codes.to(torch.int32), table.shape[1]
+    loops, width = compiled.loops("windows"), table.shape[1]
+    if loops is not None and width == 2 and (codes.dtype, table.dtype) == (torch.uint8, torch.float32):
+        return loops.look_up_pairs(codes.reshape(-1), table).view(*codes.shape, 2)  # type: ignore[no-any-return]
+    indices = codes.to(torch.int32)
     if width == 1:
         return table.reshape(-1).index_select(0, indices.view(-1)).view(*codes.shape, 1)
     if width == 2 and table.dtype == torch.float32:  # two values travel as one of twice the width
@@ -187,14 +191,45 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     values  # (rows, columns)
     scales  # (rows, ceil(columns / group))
     """
+    import torch
+
     if not values.numel():
         return values
     group = min(group, values.shape[1])
+    loops = compiled.loops("windows")
+    if loops is not None and values.dtype == scales.dtype == torch.float32:
+        loops.scale_blocks(values, scales, group)
+        return values
     whole = values.shape[1] // group
     values[:, : whole * group].view(len(values), whole, group).mul_(scales[:, :whole].unsqueeze(-1))
     if whole < scales.shape[1]:
         values[:, whole * group :].mul_(scales[:, whole:])
     return values
+
+
+def expand(coded: Coded) -> torch.Tensor:
+    """Return the values that codes stand for, float32 `[rows, columns]`; of an odd row, the other half of a byte too.
+
+    The last block may be shorter.
+    """
+    values = look_up(coded.codes, coded.table).view(len(coded.scales), -1)
+    return scale_groups(values, coded.scales, coded.size)
+
+
+CODERS: dict[Decoder | None, Coder] = {}
+
+
+def decodes(coder: Coder) -> Callable[[Decoder], Decoder]:
+    """Say of a decoder what gives the same rows as codes, where they are a table and scales; None where they are not.
+
+    By decoder, so that a tensor that is decoded in another way has other codes, or none.
+    """
+
+    def register(decoder: Decoder) -> Decoder:
+        CODERS[decoder] = coder
+        return decoder
+
+    return register
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
@@ -505,9 +540,14 @@ def small_codes(raw: bytes | bytearray, bits: int, start: int, stop: int) -> lis
     return [stream >> at * bits & (1 << bits) - 1 for at in range(start, stop)]
 
 
+def stored_rows(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """Return rows `start` up to `stop` of values that are floats already, as they are stored."""
+    stored = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    return stored.view(stop - start, tensor.columns)
+
+
 def decode_floats(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` of values that are floats already, as float32."""
     import torch
 
-    values = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return values.to(torch.float32).view(stop - start, tensor.columns)
+    return stored_rows(tensor, start, stop, device).to(torch.float32)

@@ -134,7 +134,7 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     elif DTYPES[stored.dtype].kind == "complex":
         raise NotDecodable("complex values have no float32 form", tensor=tensor.name)
     else:
-        values = stored.load(first, last, device).to(torch.float32)
+        return packing.decode_floats(tensor, start, stop, device)
     return values.view(stop - start, tensor.columns)
 
 

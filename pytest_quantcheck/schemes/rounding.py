@@ -29,8 +29,9 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.dtypes import DTYPES
-from pytest_quantcheck.tensor import LogicalTensor, Rounding, Steps, StoredTensor
+from pytest_quantcheck.tensor import Levels, LogicalTensor, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,9 @@ ScaleKind = Literal[
 
 # What error-compensating and searching methods may stay below rounding to nearest.
 COMPENSATED_DB = 3.0
-# Entries of the table that stands for a codebook: a value this near to a boundary may fall on the other side of it.
-ENTRIES = 1 << 16
+# Entries of the table that stands for a codebook, on either side of 0: a value this near to a boundary may fall on the
+# other side of it.
+REACH = (1 << 15) - 1
 NESTED_BLOCK = 256
 INT8 = tuple(float(code) for code in range(-128, 128))
 WINDOW = 1 << 22  # values: blocks that take more of whole rows are not predicted
@@ -65,13 +67,16 @@ Round = Callable[["torch.Tensor", float | None], "torch.Tensor"]
 @lru_cache
 def grouped(round_: Round, size: int, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `size` columns."""
-    return Rounding(partial(_grouped, round_=round_, size=max(1, size)), margin_db=margin_db, steps=steps)
+    size = max(1, size)
+    nearest = partial(_grouped, round_=round_, size=size)
+    return Rounding(nearest, margin_db=margin_db, steps=steps, levels=_levels_of(round_), size=size)
 
 
 @lru_cache
 def flat(round_: Round, size: int, columns: int, *, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `size` values that run on across rows."""
-    return Rounding(partial(_flat, round_=round_, size=size), size // math.gcd(max(1, columns), size), steps=steps)
+    rows = size // math.gcd(max(1, columns), size)
+    return Rounding(partial(_flat, round_=round_, size=size), rows, steps=steps, levels=_levels_of(round_), size=size)
 
 
 @lru_cache
@@ -288,9 +293,21 @@ def _above(
 def _codebook(
     blocks: torch.Tensor, largest: float | None, *, levels: tuple[float, ...], scale: ScaleKind
 ) -> torch.Tensor:
+    chosen = _levels(_largest(blocks, largest), levels=levels, scale=scale)
+    return _entries(blocks, chosen.steps, chosen.table).mul_(chosen.scales)
+
+
+def _levels_of(round_: Round) -> Callable[[torch.Tensor], Levels] | None:
+    """What a rounding to a codebook makes of the largest magnitudes; None for others."""
+    if not isinstance(round_, partial) or round_.func is not _codebook:
+        return None
+    return partial(_levels, **round_.keywords)
+
+
+def _levels(largest: torch.Tensor, *, levels: tuple[float, ...], scale: ScaleKind) -> Levels:
     top = max(map(abs, levels))
-    chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
-    return nearest_level(blocks, levels, _inverse(chosen)).mul_(kept)
+    chosen, kept = scales(largest / top, scale, top)
+    return Levels(_inverse(chosen) * (REACH / top), kept, _level_table(levels).to(largest.device))
 
 
 def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, scale: ScaleKind) -> torch.Tensor:
@@ -303,33 +320,37 @@ def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, sca
     return codes.to(torch.float32).mul_(kept)
 
 
-def nearest_level(values: torch.Tensor, levels: tuple[float, ...], inverse: torch.Tensor | None = None) -> torch.Tensor:
+def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """Return the nearest of `levels` for each value, found in a table over their range; NaN takes the first.
 
-    The values are multiplied by the inverse scale of their block first, where there is one.
-
-    values   # (blocks, size) float32
-    inverse  # (blocks, 1) float32
-    ->       # (blocks, size) float32
+    values  # (blocks, size) float32
+    ->      # (blocks, size) float32
     """
-    half = ENTRIES // 2 - 1
-    density = half / max(map(abs, levels))
-    step = values.new_full((1, 1), density) if inverse is None else inverse * density
-    entries = values.mul(step).add_(half + 0.5).clamp_(0, 2 * half)
+    step = values.new_full((len(values), 1), REACH / max(map(abs, levels)))
+    return _entries(values, step, _level_table(levels).to(values.device))
+
+
+def _entries(values: torch.Tensor, steps: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry of the table where each value lies, multiplied by the step of its block."""
+    import torch
+
+    loops = compiled.loops("windows")
+    if loops is not None and values.dtype == torch.float32:
+        return loops.look_up_nearest(values, steps.expand(len(values), 1), table)  # type: ignore[no-any-return]
+    entries = values.mul(steps).add_(REACH + 0.5).clamp_(0, 2 * REACH)
     if bool(entries.sum().isnan()):
         entries.nan_to_num_()
-    table = _level_table(levels).to(values.device)
     return table.index_select(0, entries.reshape(-1).int()).view(values.shape)
 
 
 @lru_cache
 def _level_table(levels: tuple[float, ...]) -> torch.Tensor:
-    """The nearest level for each of `ENTRIES - 1` values that are evenly spread over the range of the levels."""
+    """The nearest level for each of `2 * REACH + 1` values that are evenly spread over the range of the levels."""
     import torch
 
     ordered = torch.tensor(sorted(set(levels)), dtype=torch.float64)
     top = float(ordered.abs().max())
-    spread = torch.linspace(-top, top, ENTRIES - 1, dtype=torch.float64)
+    spread = torch.linspace(-top, top, 2 * REACH + 1, dtype=torch.float64)
     return ordered[torch.bucketize(spread, (ordered[1:] + ordered[:-1]) / 2)].float()
 
 
@@ -346,7 +367,12 @@ def float_of(stored: StoredTensor) -> str:
 
 
 def _largest(blocks: torch.Tensor, largest: float | None) -> torch.Tensor:
-    return blocks.abs().amax(dim=1, keepdim=True) if largest is None else blocks.new_full((1, 1), largest)
+    if largest is not None:
+        return blocks.new_full((1, 1), largest)
+    loops = compiled.loops("windows")
+    if loops is not None and blocks.element_size() == 4:
+        return loops.largest_of_blocks(blocks)  # type: ignore[no-any-return]
+    return blocks.abs().amax(dim=1, keepdim=True)
 
 
 def _inverse(scales: torch.Tensor) -> torch.Tensor:

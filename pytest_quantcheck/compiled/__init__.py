@@ -1,0 +1,61 @@
+"""Whether inner loops run in machine code that numba compiled, or as passes of torch over each window.
+
+    windows  what every comparison does: codes to values, sums, rounding to a codebook
+
+A fused loop reads a window once, where torch reads it anew for each sum. Importing numba takes half a second, and
+compiling several more where nothing is cached yet: that is for large models on a CPU. Decoded values are the same to
+the last bit either way; sums differ by the order in which they are added.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FROM = 1 << 28  # values from which compiling pays
+
+
+class _State(threading.local):
+    used = False
+
+
+_state = _State()
+
+
+def pays(values: int, device: str) -> bool:
+    """Return whether so many values are worth it, and numba is there."""
+    return values >= FROM and device == "cpu" and util.find_spec("numba") is not None
+
+
+@contextmanager
+def used(wanted: bool) -> Iterator[None]:
+    """Have this thread use compiled loops, where they can be had."""
+    before = _state.used
+    _state.used = wanted and _can_be_had()
+    try:
+        yield
+    finally:
+        _state.used = before
+
+
+def loops(module: str) -> ModuleType | None:
+    """Return one of the modules above where this thread uses compiled loops."""
+    if not _state.used:
+        return None
+    name = f"{__name__}.{module}"
+    return sys.modules.get(name) or import_module(name)
+
+
+def _can_be_had() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:  # it is not there, or too old for this numpy
+        return False
+    return True

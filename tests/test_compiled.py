@@ -1,0 +1,136 @@
+"""Compiled loops: used where they pay, left where they cannot be had, and the same numbers as passes of torch."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pytest_quantcheck import compiled
+from pytest_quantcheck.checks import engine, window
+from pytest_quantcheck.checks.metrics import Extremes, Fidelity
+from pytest_quantcheck.compiled import machine, windows
+from tests.test_engine import checkpoint, gaussian, stored_as_nf4
+
+
+def both(tensor, reference, monkeypatch, *, sample: bool = False) -> tuple[Fidelity, Fidelity]:
+    """What loops measure, and what torch does."""
+    found = []
+    for start in (0, 1 << 60):
+        monkeypatch.setattr(compiled, "FROM", start)
+        found += engine.measure_each([(tensor, reference)], sample=sample, workers=1)
+    return found[0], found[1]
+
+
+def assert_equal(ours: Fidelity, theirs: Fidelity) -> None:
+    """Equal but for the order of sums."""
+    for kind in (ours.sums, theirs.sums), (ours.sums.rounding, theirs.sums.rounding):
+        one, other = kind
+        assert (one is None) == (other is None)
+        if one is not None:
+            scale = math.sqrt(other.signal * other.values)
+            assert one.values == other.values
+            assert one.signal == pytest.approx(other.signal, rel=1e-6)
+            assert one.noise == pytest.approx(other.noise, rel=1e-6)
+            assert one.cross == pytest.approx(other.cross, abs=1e-6 * math.sqrt(other.signal * other.noise))
+            assert (one.total, one.drift) == pytest.approx((other.total, other.drift), abs=1e-6 * scale)
+    for field in Extremes._fields:
+        assert getattr(ours.extremes, field) == pytest.approx(getattr(theirs.extremes, field), rel=1e-5), field
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain-absmax", "nested-absmax"])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((64, 512), 64), ((40, 1100), 64), ((33, 160), 64), ((16, 3072), 1024), ((6, 2, 128), 128), ((5, 63), 64)],
+    ids=str,
+)
+def test_sums_are_those_of_torch(tmp_path, monkeypatch, shape, block, nested, dtype):
+    values = gaussian(*shape).to(dtype)
+    values[0, 0] = 0
+    ours = checkpoint(tmp_path / "nf4.safetensors", stored_as_nf4("weight", values, nested=nested, block=block))
+    theirs = checkpoint(tmp_path / "reference.safetensors", {"weight": values})
+    assert_equal(*both(ours.tensor("weight"), theirs.tensor("weight"), monkeypatch))
+
+
+def test_a_part_is_rounded_in_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "WINDOW", 8 * 512)
+    monkeypatch.setattr(engine, "CODED_WINDOW", 8 * 512)
+    monkeypatch.setattr(engine, "SAMPLED_FROM", 64 * 512)
+    values = gaussian(128, 512).bfloat16()
+    ours = checkpoint(tmp_path / "nf4.safetensors", stored_as_nf4("weight", values))
+    theirs = checkpoint(tmp_path / "reference.safetensors", {"weight": values})
+    found = both(ours.tensor("weight"), theirs.tensor("weight"), monkeypatch, sample=True)
+    assert_equal(*found)
+    assert found[0].sampled
+
+
+def test_codes_are_not_written_out(tmp_path, monkeypatch):
+    """Where windows are full blocks, no window is decoded by itself: else the test above would compare torch twice."""
+    values = gaussian(64, 512).bfloat16()
+    ours = checkpoint(tmp_path / "nf4.safetensors", stored_as_nf4("weight", values))
+    theirs = checkpoint(tmp_path / "reference.safetensors", {"weight": values})
+    monkeypatch.setattr(compiled, "FROM", 0)
+    monkeypatch.setattr(window, "measure", lambda *_, **__: pytest.fail("a window was decoded by itself"))
+    (row,) = engine.measure_each([(ours.tensor("weight"), theirs.tensor("weight"))])
+    assert row.sqnr_db == pytest.approx(20.7, abs=0.5)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("side", ["absmax", "reference"])
+def test_values_that_are_no_numbers_or_too_large(tmp_path, monkeypatch, wrong, side):
+    values = gaussian(64, 512).bfloat16()
+    stored = stored_as_nf4("weight", values)
+    if side == "absmax":
+        stored["weight.absmax"][7] = wrong
+    else:
+        values[3, 4] = wrong
+    ours = checkpoint(tmp_path / "nf4.safetensors", stored)
+    theirs = checkpoint(tmp_path / "reference.safetensors", {"weight": values})
+    found, expected = both(ours.tensor("weight"), theirs.tensor("weight"), monkeypatch)
+    assert found.extremes.non_finite == expected.extremes.non_finite
+    assert found.extremes.reference_non_finite == expected.extremes.reference_non_finite
+    assert found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-6, nan_ok=True)
+
+
+def test_small_models_and_other_devices_are_left_to_torch():
+    assert compiled.pays(compiled.FROM, "cpu")
+    assert not compiled.pays(compiled.FROM - 1, "cpu")
+    assert not compiled.pays(compiled.FROM, "cuda")
+
+
+def test_one_thread_does_not_decide_for_another():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with compiled.used(True), ThreadPoolExecutor(1) as pool:
+        assert compiled.loops("windows") is windows
+        assert pool.submit(compiled.loops, "windows").result() is None
+    assert compiled.loops("windows") is None
+
+
+WITHOUT = """
+import sys
+sys.modules["numba"] = None
+from pytest_quantcheck import compiled
+with compiled.used(True):
+    assert compiled.loops("windows") is None
+"""
+
+
+def test_without_numba_torch_does_it():
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(monkeypatch):
+    def njit(*, cache: bool = False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available for file 'windows.py'")
+        return lambda function: (function, options)
+
+    monkeypatch.setattr(machine, "njit", njit)
+    function, options = machine._compiled(sum, fastmath=False)
+    assert function is sum
+    assert options["nogil"]
