@@ -180,7 +180,7 @@ class Levels(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """Rows of values as they are written, for a loop that decodes and compares at once.
+    """Rows of values as codes, for a loop that decodes and compares at once; a `Coder` gives None where it cannot.
 
     Value i of a row is `table[code i] * scales[row, i // size]`, in float32. Rows lie one behind the other.
 

@@ -11,7 +11,7 @@ import torch
 from pytest_quantcheck import NotDecodable, compiled, inspect
 from pytest_quantcheck.checks.tree import tree
 from pytest_quantcheck.checks.why import explain
-from pytest_quantcheck.schemes import packing
+from pytest_quantcheck.schemes import CODERS, packing
 from tests.cases import Case, Made, all_cases
 from tests.scheme_table import PAGE, lines, saved
 
@@ -120,9 +120,7 @@ def test_compiled_loops_give_the_same_bits(case, artifact, made):
         assert compiled.loops("windows") is not None
         assert same_bits(tensor.decode(), values)
         assert rounded is None or same_bits(rounding.nearest(tensor, values, largest), rounded)
-        coded = (
-            packing.CODERS[tensor.decoder](tensor, 0, tensor.rows, "cpu") if tensor.decoder in packing.CODERS else None
-        )
+        coded = CODERS[tensor.decoder](tensor, 0, tensor.rows, "cpu") if tensor.decoder in CODERS else None
         assert coded is None or same_bits(packing.expand(coded), values)
 
 

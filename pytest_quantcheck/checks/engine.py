@@ -25,7 +25,7 @@ from pytest_quantcheck.checks.pairing import Pair
 from pytest_quantcheck.checks.shards import cuts, pieces
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES
-from pytest_quantcheck.schemes import packing, plain
+from pytest_quantcheck.schemes import CODERS, packing, plain
 from pytest_quantcheck.tensor import LogicalTensor
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _slabs(at: int, pair: Pair, given: Given) -> Iterator[Slab]:
 def _window(tensor: LogicalTensor, given: Given) -> int:
     if given.device != "cpu":
         return GPU_WINDOW
-    return CODED_WINDOW if given.compiled and tensor.decoder in packing.CODERS else WINDOW
+    return CODED_WINDOW if given.compiled and tensor.decoder in CODERS else WINDOW
 
 
 def _batches(slabs: Iterable[Slab]) -> Iterator[list[Slab]]:
@@ -272,7 +272,7 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
 
 def _at_once(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, start: int, stop: int) -> window.Rows | None:
     """What a window has where one loop decodes and compares it; None where that cannot be, or values look weak."""
-    coder, rounding = packing.CODERS.get(tensor.decoder), tensor.rounding
+    coder, rounding = CODERS.get(tensor.decoder), tensor.rounding
     rounded = rounding if _is_turn(slab, tensor, start) else None
     cannot_round = rounded is not None and (rounded.levels is None or tensor.columns % rounded.size)
     if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift or slab.in_steps or cannot_round:

@@ -10,9 +10,9 @@ the last bit either way; sums differ by the order in which they are added.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module, util
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 FROM = 1 << 28  # values from which compiling pays
 
 
-class _State(threading.local):
-    used = False
-
-
-_state = _State()
+_used = ContextVar("used", default=False)  # of this thread
 
 
 def pays(values: int, device: str) -> bool:
@@ -37,17 +33,16 @@ def pays(values: int, device: str) -> bool:
 @contextmanager
 def used(wanted: bool) -> Iterator[None]:
     """Have this thread use compiled loops, where they can be had."""
-    before = _state.used
-    _state.used = wanted and _can_be_had()
+    before = _used.set(wanted and _can_be_had())
     try:
         yield
     finally:
-        _state.used = before
+        _used.reset(before)
 
 
 def loops(module: str) -> ModuleType | None:
     """Return one of the modules above where this thread uses compiled loops."""
-    if not _state.used:
+    if not _used.get():
         return None
     name = f"{__name__}.{module}"
     return sys.modules.get(name) or import_module(name)

@@ -77,7 +77,7 @@ from pytest_quantcheck.schemes import (
     vptq,
 )
 from pytest_quantcheck.schemes.scheme import Expose, Namespace, Scheme
-from pytest_quantcheck.tensor import Container, LogicalTensor, Origin, StoredTensor
+from pytest_quantcheck.tensor import Coder, Container, Decoder, LogicalTensor, Origin, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,11 @@ SCHEMES: tuple[Scheme, ...] = (
     activation_scales.SCHEME,
     plain.SCHEME,
 )
+
+# By decoder, so that a tensor that is decoded in another way has other codes, or none.
+CODERS: Mapping[Decoder | None, Coder] = {
+    decoder: coder for scheme in SCHEMES for decoder, coder in scheme.coders.items()
+}
 
 # The models whose linears are transformers' Conv1D, and the names of those layers.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})

@@ -160,7 +160,6 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | 
     return found._replace(scales=found.scales.view(stop - start, -1))
 
 
-@packing.decodes(coded)
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
     layout = tensor.layout
@@ -389,6 +388,7 @@ SCHEME = Scheme(
     },
     refuse=refuse,
     alternatives=alternatives,
+    coders={decode: coded},
     source="bitsandbytes 0.50.2, functional.py, nn/modules.py and nn/parametrize.py",
     verified="bitsandbytes 0.50.2",
 )

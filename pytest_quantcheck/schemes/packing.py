@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck import compiled
@@ -13,7 +13,7 @@ from pytest_quantcheck.errors import FormatError
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import Coded, Coder, Decoder, LogicalTensor, StoredTensor
+    from pytest_quantcheck.tensor import Coded, LogicalTensor, StoredTensor
 
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -214,22 +214,6 @@ def expand(coded: Coded) -> torch.Tensor:
     """
     values = look_up(coded.codes, coded.table).view(len(coded.scales), -1)
     return scale_groups(values, coded.scales, coded.size)
-
-
-CODERS: dict[Decoder | None, Coder] = {}
-
-
-def decodes(coder: Coder) -> Callable[[Decoder], Decoder]:
-    """Say of a decoder what gives the same rows as codes, where they are a table and scales; None where they are not.
-
-    By decoder, so that a tensor that is decoded in another way has other codes, or none.
-    """
-
-    def register(decoder: Decoder) -> Decoder:
-        CODERS[decoder] = coder
-        return decoder
-
-    return register
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:

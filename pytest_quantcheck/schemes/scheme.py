@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import Coder, Decoder, LogicalTensor, StoredTensor
 
 
 class Namespace(NamedTuple):
@@ -64,6 +64,7 @@ class Scheme:
     `live` maps `package.Class`, or `:buffer` for any module that has such a buffer, to how the object is shown; no
     library is imported for it. A buffer that is shown stands for a parameter.
     `alternatives` are the mistakes that this format knows, for the diagnosis of a tensor that decodes wrong.
+    `coders` maps a decoder to what gives the same rows as codes, where they are no more than a table and scales.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Scheme:
     live: Mapping[str, Expose] = field(default_factory=dict)
     refuse: Refuse | None = None
     alternatives: Alternatives | None = None
+    coders: Mapping[Decoder, Coder] = field(default_factory=dict)
     source: str = ""
     verified: str = ""
     decoded: str = "CPU"
