@@ -182,17 +182,20 @@ class Levels(NamedTuple):
 class Coded(NamedTuple):
     """Rows of values as codes, for a loop that decodes and compares at once; a `Coder` gives None where it cannot.
 
-    Value i of a row is `table[code i] * scales[row, i // size]`, in float32. Rows lie one behind the other.
+    Value i of a row is `(table[code i] - zeros[row, g]) * scales[row, g] + shifts[row, g]`, where g = i // size, in
+    float32, each operation rounded; None is left out. Rows lie one behind the other.
 
-    codes   # (rows * columns / width,) uint8, each of `width` values, in their order
-    table   # (256, width) float32
-    scales  # (rows, ceil(columns / size)) float32
+    codes                  # (rows * columns / width,) uint8, each of `width` values, in their order
+    table                  # (256, width) float32
+    scales, zeros, shifts  # (rows, ceil(columns / size)) float32
     """
 
     codes: torch.Tensor
     table: torch.Tensor
     scales: torch.Tensor
     size: int
+    zeros: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
 
 
 class LogicalTensor(NamedTuple):

@@ -53,7 +53,7 @@ def compare_coded(
     largest, zeros, reference_zeros = _coded(
         coded.codes.numpy(),
         table.view(-1).numpy(),
-        coded.scales.numpy(),
+        _factors(coded),
         coded.size,
         words.numpy(),
         shift,
@@ -74,6 +74,29 @@ def _empty_sums(reference: torch.Tensor, block: int) -> tuple[torch.Tensor, torc
 
 
 _NONE = torch.zeros((5, 0), dtype=torch.float64), torch.zeros((2, 0))
+
+
+def decode(coded: Coded) -> torch.Tensor:
+    """Return the values of codes, as `packing.expand` does."""
+    width = coded.table.shape[1]
+    values = torch.empty((len(coded.scales), coded.codes.numel() * width // max(1, len(coded.scales))))
+    entry = torch.float64 if width == 2 else torch.float32
+    _decode(
+        coded.codes.view(-1).numpy(),
+        coded.table.contiguous().view(entry).view(-1).numpy(),
+        _factors(coded),
+        coded.size,
+        (values.numpy(), values.view(-1).view(entry).numpy()),
+    )
+    return values
+
+
+def _factors(coded: Coded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Zero points, scales and shifts; without columns where there are none."""
+    return tuple(
+        _NONE[1].numpy() if factors is None else factors.contiguous().numpy()
+        for factors in (coded.zeros, coded.scales, coded.shifts)
+    )  # type: ignore[return-value]  # as many as there are
 
 
 def _rounded(
@@ -160,7 +183,7 @@ def _compare(values: np.ndarray, reference: np.ndarray, block: int, sums: np.nda
 def _coded(
     codes: np.ndarray,
     table: np.ndarray,
-    scales: np.ndarray,
+    factors: tuple[np.ndarray, np.ndarray, np.ndarray],
     size: int,
     reference: np.ndarray,
     shift: int,
@@ -185,12 +208,7 @@ def _coded(
             _look_up(codes[first // width : (first + stop - start) // width], table, ours[1])
             values, wanted = ours[0][: stop - start], theirs[0][: stop - start]
             _widen(reference[row, start:stop], shift, theirs[1])
-            group = start // size
-            until = (group + 1) * size - start
-            at = 0
-            while at < len(values):
-                _multiply(values[at:until], scales[row, group])
-                at, until, group = until, until + size, group + 1
+            _place(values, row, start, size, factors)
             _add_up(values, wanted, row, first, block, *found)
             largest = max(largest, _largest(values, wanted))
             zeros += int(_few_zeros(values))
@@ -205,6 +223,42 @@ def _coded(
                     at, until, group = until, until + rounds, group + 1
                 _add_up(values, wanted, row, first, block, *rounded)
     return largest, zeros, reference_zeros
+
+
+@machine_code
+def _decode(
+    codes: np.ndarray,
+    table: np.ndarray,
+    factors: tuple[np.ndarray, np.ndarray, np.ndarray],
+    size: int,
+    values: tuple[np.ndarray, np.ndarray],
+) -> None:
+    found, entries = values
+    rows, columns = found.shape
+    width = found.size // max(1, len(entries))
+    for row in range(rows):
+        for start in range(0, columns, STRETCH):
+            stop = min(start + STRETCH, columns)
+            first, last = (row * columns + start) // width, (row * columns + stop) // width
+            _look_up(codes[first:last], table, entries[first:last])
+            _place(found[row, start:stop], row, start, size, factors)
+
+
+@machine_code
+def _place(
+    values: np.ndarray, row: int, start: int, size: int, factors: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    zeros, scales, shifts = factors
+    group = start // size
+    until = (group + 1) * size - start
+    at = 0
+    while at < len(values):
+        if zeros.size:
+            _add(values[at:until], -zeros[row, group])
+        _multiply(values[at:until], scales[row, group])
+        if shifts.size:
+            _add(values[at:until], shifts[row, group])
+        at, until, group = until, until + size, group + 1
 
 
 @adding
@@ -285,6 +339,12 @@ def _scale(values: np.ndarray, scales: np.ndarray, size: int) -> None:
     for row in range(scales.shape[0]):
         for block in range(scales.shape[1]):
             _multiply(values[row, block * size : (block + 1) * size], scales[row, block])
+
+
+@machine_code
+def _add(values: np.ndarray, term: float) -> None:
+    for at in range(len(values)):
+        values[at] += term
 
 
 @machine_code

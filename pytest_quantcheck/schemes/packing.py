@@ -130,8 +130,11 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """
     import torch
 
-    flat = words.contiguous().view(-1).view(torch.uint8)
-    raw = flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+    raw = as_bytes(words)
+    loops = compiled.loops("words")
+    if loops is not None and bits <= 8:
+        found = loops.unpack(raw.view(-1, raw.shape[-1]), bits, count)
+        return found.view(*words.shape[:-1], count).to(torch.int32)  # type: ignore[no-any-return]
     if bits in (1, 2, 4, 8):
         shifts = torch.arange(0, 8, bits, device=raw.device, dtype=torch.uint8)
         codes = (raw.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
@@ -141,6 +144,67 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     high = (low + 1).clamp_(max=raw.shape[-1] - 1)
     pair = raw[..., low].to(torch.int32) | (raw[..., high].to(torch.int32) << 8)
     return (pair >> (at % 8).to(torch.int32)) & ((1 << bits) - 1)
+
+
+def as_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of each row of integer words, wherever they lie.
+
+    words  # (..., n)
+    ->     # (..., n * width) uint8
+    """
+    import torch
+
+    flat = words.contiguous().view(-1).view(torch.uint8)
+    return flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+
+
+def integers(words: torch.Tensor, bits: int, count: int, least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first `count` codes of each row of words as `Coded` has them, and its table: code 0 is `least`.
+
+    words  # (rows, n) integers; each row a stream of its own, lowest bits first
+    ->     # (rows * count / width,) uint8; (256, width)
+    """
+    import torch
+
+    raw = as_bytes(words)
+    if bits == 4 and 2 * raw.shape[1] == count:
+        numbers = torch.arange(16, dtype=torch.float32, device=raw.device) + least
+        return raw.reshape(-1), nibble_pairs(numbers, high_first=False)
+    codes = raw[:, :count] if bits == 8 else unpack_words(raw, bits, count).to(torch.uint8)
+    return codes.reshape(-1), integer_table(raw.device, least)
+
+
+def integer_table(device: torch.device, least: int = 0) -> torch.Tensor:
+    """Return the numbers that bytes are, counted from `least`, as a table of `Coded`."""
+    import torch
+
+    return (torch.arange(256, dtype=torch.float32, device=device) + least).view(256, 1)
+
+
+def place_scattered(values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, index: torch.Tensor) -> None:
+    """Subtract the zero point of each column's group and multiply by its scale, in place.
+
+    values         # (rows, columns)
+    zeros, scales  # (rows, groups)
+    index          # (columns,) the group of each column
+    """
+    loops = compiled.loops("words")
+    if loops is not None:
+        loops.place_scattered(values, zeros, scales, index)
+    else:
+        values.sub_(zeros[:, index]).mul_(scales[:, index])
+
+
+def turned(words: torch.Tensor) -> torch.Tensor:
+    """Return a matrix of words turned, contiguous.
+
+    words  # (rows, columns), any columns of a contiguous matrix
+    ->     # (columns, rows)
+    """
+    loops = compiled.loops("words")
+    if loops is not None and words.element_size() == 4:
+        return loops.turn(words)  # type: ignore[no-any-return]
+    return words.t().contiguous()
 
 
 def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -212,8 +276,16 @@ def expand(coded: Coded) -> torch.Tensor:
 
     The last block may be shorter.
     """
+    if not coded.codes.numel():
+        return coded.scales.new_empty((len(coded.scales), 0))
+    loops = compiled.loops("windows")
+    if loops is not None:
+        return loops.decode(coded)  # type: ignore[no-any-return]
     values = look_up(coded.codes, coded.table).view(len(coded.scales), -1)
-    return scale_groups(values, coded.scales, coded.size)
+    if coded.zeros is not None:
+        shift_groups(values, coded.zeros, coded.size)
+    scale_groups(values, coded.scales, coded.size)
+    return values if coded.shifts is None else shift_groups(values, -coded.shifts, coded.size)
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
@@ -243,6 +315,9 @@ def row_codes(raw: torch.Tensor, bits: int, count: int, skip: int = 0) -> torch.
     """
     import torch
 
+    loops = compiled.loops("words")
+    if loops is not None and not skip:
+        return loops.unpack(raw, bits, count).to(torch.int32)  # type: ignore[no-any-return]
     at = torch.arange(count, device=raw.device) * bits + skip
     low = at // 8
     wide = raw.to(torch.int32)
