@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -36,7 +38,7 @@ def unpack(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return found
 
 
-def fields(words: torch.Tensor, bits: int, order: tuple[int, ...]) -> torch.Tensor:
+def fields(words: torch.Tensor, bits: int, order: Sequence[int]) -> torch.Tensor:
     """Return the fields of words as rows: row `j * len(order) + i` has field `order[i]` of each word of row `j`.
 
     words  # (rows, columns) int32

@@ -207,6 +207,25 @@ def turned(words: torch.Tensor) -> torch.Tensor:
     return words.t().contiguous()
 
 
+def fields(words: torch.Tensor, bits: int, order: Sequence[int]) -> torch.Tensor:
+    """Return the fields of words as rows: row `j * len(order) + i` has field `order[i]` of each word of row `j`.
+
+    words  # (rows, columns) int32
+    ->     # (rows * len(order), columns) uint8
+
+    >>> import torch
+    >>> fields(torch.tensor([[0x10, 0x32]], dtype=torch.int32), 4, (1, 0)).tolist()
+    [[1, 3], [0, 2]]
+    """
+    import torch
+
+    loops = compiled.loops("words")
+    if loops is not None:
+        return loops.fields(words, bits, order)  # type: ignore[no-any-return]
+    shifts = torch.tensor(order, dtype=torch.int32, device=words.device).view(-1, 1) * bits
+    return ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(0, 1)
+
+
 def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return columns `start` up to `stop` of a stored matrix; row by row where the whole would be much more.
 
