@@ -171,10 +171,7 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     found = _coded(tensor, layout, start, stop, device)
     if _in_order(groups, layout):
         return packing.expand(found).view(stop - start, layout.inputs)
-    assert found.zeros is not None
-    values = packing.look_up(found.codes, found.table).view(stop - start, layout.inputs)
-    packing.place_scattered(values, found.zeros, found.scales, groups)
-    return values
+    return packing.expand_scattered(found, groups)
 
 
 def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
@@ -203,12 +200,7 @@ def _coded(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device:
 
 
 def _in_order(groups: torch.Tensor, layout: Layout) -> bool:
-    """Whether activation order scattered no input."""
-    import torch
-
-    if layout.group_size is None:
-        return False
-    return torch.equal(groups, torch.arange(layout.inputs, device=groups.device) // layout.group_size)
+    return layout.group_size is not None and packing.in_order(groups, layout.group_size)
 
 
 def _decode_tokens(

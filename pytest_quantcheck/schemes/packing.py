@@ -54,7 +54,10 @@ def bit_stream(stored: StoredTensor, start: int, stop: int, bits: int, device: s
 
     first = start * bits // 8
     last = -(-stop * bits // 8)
-    raw = stored.load_bytes(first, last, device).to(torch.int32)
+    loaded, loops = stored.load_bytes(first, last, device), compiled.loops("words")
+    if loops is not None and start * bits == 8 * first:
+        return loops.unpack(loaded.view(1, -1), bits, stop - start)[0].to(torch.int32)  # type: ignore[no-any-return]
+    raw = loaded.to(torch.int32)
     at = torch.arange(start, stop, device=device, dtype=torch.int64) * bits - 8 * first
     low = at // 8
     pair = raw[low] | (raw[(low + 1).clamp_(max=max(0, len(raw) - 1))] << 8)
@@ -108,6 +111,9 @@ def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """
     import torch
 
+    loops = compiled.loops("words")
+    if loops is not None and bits <= 8:
+        return loops.unpack(raw, bits, count).to(torch.int64)  # type: ignore[no-any-return]
     at = torch.arange(count, device=raw.device) * bits
     wide = torch.nn.functional.pad(raw, (0, 4)).to(torch.int64)
     codes = torch.zeros(len(raw), count, dtype=torch.int64, device=raw.device)
@@ -179,20 +185,6 @@ def integer_table(device: torch.device, least: int = 0) -> torch.Tensor:
     import torch
 
     return (torch.arange(256, dtype=torch.float32, device=device) + least).view(256, 1)
-
-
-def place_scattered(values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, index: torch.Tensor) -> None:
-    """Subtract the zero point of each column's group and multiply by its scale, in place.
-
-    values         # (rows, columns)
-    zeros, scales  # (rows, groups)
-    index          # (columns,) the group of each column
-    """
-    loops = compiled.loops("words")
-    if loops is not None:
-        loops.place_scattered(values, zeros, scales, index)
-    else:
-        values.sub_(zeros[:, index]).mul_(scales[:, index])
 
 
 def turned(words: torch.Tensor) -> torch.Tensor:
@@ -305,6 +297,33 @@ def expand(coded: Coded) -> torch.Tensor:
         shift_groups(values, coded.zeros, coded.size)
     scale_groups(values, coded.scales, coded.size)
     return values if coded.shifts is None else shift_groups(values, -coded.shifts, coded.size)
+
+
+def expand_scattered(coded: Coded, groups: torch.Tensor) -> torch.Tensor:
+    """Return the values that codes stand for where activation order scattered the groups; shifts are not looked at.
+
+    groups  # (columns,) int64, the group of each column
+    ->      # (rows, columns) float32
+    """
+    import torch
+
+    values = look_up(coded.codes, coded.table).view(len(coded.scales), len(groups))
+    zeros = torch.zeros_like(coded.scales) if coded.zeros is None else coded.zeros
+    loops = compiled.loops("words")
+    if loops is None:
+        return values.sub_(zeros[:, groups]).mul_(coded.scales[:, groups])
+    loops.place_scattered(values, zeros, coded.scales, groups)
+    return values
+
+
+def in_order(groups: torch.Tensor, size: int) -> bool:
+    """Whether columns are in groups of `size` as they come.
+
+    groups  # (columns,) int64
+    """
+    import torch
+
+    return torch.equal(groups, torch.arange(len(groups), device=groups.device) // size)
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
