@@ -176,8 +176,11 @@ def integers(words: torch.Tensor, bits: int, count: int, least: int = 0) -> tupl
     if bits == 4 and 2 * raw.shape[1] == count:
         numbers = torch.arange(16, dtype=torch.float32, device=raw.device) + least
         return raw.reshape(-1), nibble_pairs(numbers, high_first=False)
-    codes = raw[:, :count] if bits == 8 else unpack_words(raw, bits, count).to(torch.uint8)
-    return codes.reshape(-1), integer_table(raw.device, least)
+    if bits == 8:
+        return raw[:, :count].reshape(-1), integer_table(raw.device, least)
+    loops = compiled.loops("words")
+    codes = unpack_words(raw, bits, count).to(torch.uint8) if loops is None else loops.unpack(raw, bits, count)
+    return codes.view(-1), integer_table(raw.device, least)
 
 
 def integer_table(device: torch.device, least: int = 0) -> torch.Tensor:
