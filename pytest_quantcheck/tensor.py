@@ -186,12 +186,12 @@ class Coded(NamedTuple):
     float32, each operation rounded; None is left out. Rows lie one behind the other.
 
     codes                  # (rows * columns / width,) uint8, each of `width` values, in their order
-    table                  # (256, width) float32
+    table                  # (256, width) float32; None: the codes are the numbers
     scales, zeros, shifts  # (rows, ceil(columns / size)) float32
     """
 
     codes: torch.Tensor
-    table: torch.Tensor
+    table: torch.Tensor | None
     scales: torch.Tensor
     size: int
     zeros: torch.Tensor | None = None

@@ -45,14 +45,13 @@ def compare_coded(
     narrow = reference.dtype == torch.bfloat16
     words = reference.contiguous().view(torch.int16 if narrow else torch.int32)
     shift = 16 if narrow else 0
-    table = coded.table.contiguous()
-    table = table.view(torch.float64) if table.shape[1] == 2 else table  # two values travel as one of twice the width
+    table = _table(coded)
     ours, theirs = torch.empty(STRETCH), torch.empty(STRETCH)
     sums, blocks = _empty_sums(reference, block)
     rounded_sums, rounded_blocks = _empty_sums(reference, block) if rounding else _NONE
     largest, zeros, reference_zeros = _coded(
         coded.codes.numpy(),
-        table.view(-1).numpy(),
+        table.numpy(),
         _factors(coded),
         coded.size,
         words.numpy(),
@@ -78,17 +77,19 @@ _NONE = torch.zeros((5, 0), dtype=torch.float64), torch.zeros((2, 0))
 
 def decode(coded: Coded) -> torch.Tensor:
     """Return the values of codes, as `packing.expand` does."""
-    width = coded.table.shape[1]
-    values = torch.empty((len(coded.scales), coded.codes.numel() * width // max(1, len(coded.scales))))
-    entry = torch.float64 if width == 2 else torch.float32
-    _decode(
-        coded.codes.view(-1).numpy(),
-        coded.table.contiguous().view(entry).view(-1).numpy(),
-        _factors(coded),
-        coded.size,
-        (values.numpy(), values.view(-1).view(entry).numpy()),
-    )
+    table, rows = _table(coded), len(coded.scales)
+    values = torch.empty((rows, coded.codes.numel() * table.itemsize // 4 // max(1, rows)))
+    entries = values.view(-1).view(table.dtype)
+    _decode(coded.codes.numpy(), table.numpy(), _factors(coded), coded.size, (values.numpy(), entries.numpy()))
     return values
+
+
+def _table(coded: Coded) -> torch.Tensor:
+    """The entries of a table, two values as one of twice the width; none where codes are the numbers."""
+    if coded.table is None:
+        return torch.empty(0)
+    table = coded.table.contiguous()
+    return (table.view(torch.float64) if table.shape[1] == 2 else table).view(-1)
 
 
 def _factors(coded: Coded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -324,6 +325,10 @@ def _few_zeros(values: np.ndarray) -> np.int32:
 
 @machine_code
 def _look_up(codes: np.ndarray, table: np.ndarray, found: np.ndarray) -> None:
+    if not len(table):
+        for at in range(len(codes)):
+            found[at] = np.float32(codes[at])
+        return
     for at in range(len(codes)):
         found[at] = table[codes[at]]
 

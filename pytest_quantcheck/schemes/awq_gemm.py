@@ -117,8 +117,7 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
     codes = _rows(tensor.stored, layout, start, stop, device)  # (rows, K)
     zeros = _rows(tensor.part("qzeros"), layout, start, stop, device).to(torch.float32)  # (rows, G)
     scales = packing.load_columns(tensor.part("scales"), start, stop, device).t().to(torch.float32)  # (rows, G)
-    table = packing.integer_table(codes.device)
-    return Coded(codes.reshape(-1), table, scales.contiguous(), layout.group_size, zeros)
+    return Coded(codes.reshape(-1), None, scales.contiguous(), layout.group_size, zeros)
 
 
 def _rows(stored: StoredTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:

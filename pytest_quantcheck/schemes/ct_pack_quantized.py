@@ -139,15 +139,17 @@ def _coded(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device:
     if not layout.bits or layout.dense is None:
         missing = "`version`, and words of either packing fit" if layout.bits else "`num_bits`"
         raise NotDecodable(f"the configuration does not say its {missing}", tensor=tensor.name)
-    width, least = tensor.stored.shape[-1], -(1 << layout.bits - 1)
+    width, middle = tensor.stored.shape[-1], 1 << layout.bits - 1
     words = tensor.stored.load(start * width, stop * width, device).view(stop - start, width)
     if layout.dense:
-        codes, table = packing.integers(words, layout.bits, tensor.columns, least)
+        codes, table = packing.integers(words, layout.bits, tensor.columns)
     else:
         codes = packing.word_codes(packing.as_bytes(words), layout.bits, tensor.columns).to(torch.uint8).reshape(-1)
-        table = packing.integer_table(codes.device, least)
+        table = None
     scales = packing.grid_rows(tensor.part("weight_scale"), layout.grid, slice(start, stop), device).to(torch.float32)
-    return Coded(codes, table, scales, layout.group, _zeros(tensor, layout, start, stop, device))
+    zeros = _zeros(tensor, layout, start, stop, device)
+    zeros = torch.full_like(scales, middle) if zeros is None else zeros + middle
+    return Coded(codes, table, scales, layout.group, zeros)
 
 
 def _zeros(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor | None:

@@ -190,8 +190,7 @@ def _coded(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device:
 
     words = packing.turned(packing.load_columns(tensor.stored, start, stop, device))  # (rows, words)
     if layout.planar:
-        codes = _unpack(words, layout, layout.inputs).to(torch.uint8).view(-1)
-        table = packing.integer_table(codes.device)
+        codes, table = _unpack(words, layout, layout.inputs).to(torch.uint8).view(-1), None
     else:
         codes, table = packing.integers(words, layout.bits, layout.inputs)
     zeros = _zeros(tensor, layout, start, stop, device).t().to(torch.float32)  # (rows, G)

@@ -139,7 +139,7 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | 
         each.expand(high - low, 1).reshape(stop - start, groups)
         for each in _parameters(tensor, layout, low, high, device)
     )
-    return Coded(codes.view(-1), packing.integer_table(codes.device), scales, layout.columns, zeros)
+    return Coded(codes.view(-1), None, scales, layout.columns, zeros)
 
 
 def _check_decodable(tensor: LogicalTensor, layout: Layout) -> None:

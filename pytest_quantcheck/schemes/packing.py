@@ -164,30 +164,22 @@ def as_bytes(words: torch.Tensor) -> torch.Tensor:
     return flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
 
 
-def integers(words: torch.Tensor, bits: int, count: int, least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first `count` codes of each row of words as `Coded` has them, and its table: code 0 is `least`.
+def integers(words: torch.Tensor, bits: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the first `count` codes of each row of words as `Coded` has them, and its table.
 
     words  # (rows, n) integers; each row a stream of its own, lowest bits first
     ->     # (rows * count / width,) uint8; (256, width)
     """
     import torch
 
-    raw = as_bytes(words)
+    raw, loops = as_bytes(words), compiled.loops("words")
     if bits == 4 and 2 * raw.shape[1] == count:
-        numbers = torch.arange(16, dtype=torch.float32, device=raw.device) + least
+        numbers = torch.arange(16, dtype=torch.float32, device=raw.device)
         return raw.reshape(-1), nibble_pairs(numbers, high_first=False)
     if bits == 8:
-        return raw[:, :count].reshape(-1), integer_table(raw.device, least)
-    loops = compiled.loops("words")
+        return raw[:, :count].reshape(-1), None
     codes = unpack_words(raw, bits, count).to(torch.uint8) if loops is None else loops.unpack(raw, bits, count)
-    return codes.view(-1), integer_table(raw.device, least)
-
-
-def integer_table(device: torch.device, least: int = 0) -> torch.Tensor:
-    """Return the numbers that bytes are, counted from `least`, as a table of `Coded`."""
-    import torch
-
-    return (torch.arange(256, dtype=torch.float32, device=device) + least).view(256, 1)
+    return codes.view(-1), None
 
 
 def turned(words: torch.Tensor) -> torch.Tensor:
@@ -295,11 +287,18 @@ def expand(coded: Coded) -> torch.Tensor:
     loops = compiled.loops("windows")
     if loops is not None:
         return loops.decode(coded)  # type: ignore[no-any-return]
-    values = look_up(coded.codes, coded.table).view(len(coded.scales), -1)
+    values = _numbers(coded).view(len(coded.scales), -1)
     if coded.zeros is not None:
         shift_groups(values, coded.zeros, coded.size)
     scale_groups(values, coded.scales, coded.size)
     return values if coded.shifts is None else shift_groups(values, -coded.shifts, coded.size)
+
+
+def _numbers(coded: Coded) -> torch.Tensor:
+    """What codes stand for before they are scaled."""
+    import torch
+
+    return coded.codes.to(torch.float32) if coded.table is None else look_up(coded.codes, coded.table)
 
 
 def expand_scattered(coded: Coded, groups: torch.Tensor) -> torch.Tensor:
@@ -310,7 +309,7 @@ def expand_scattered(coded: Coded, groups: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    values = look_up(coded.codes, coded.table).view(len(coded.scales), len(groups))
+    values = _numbers(coded).view(len(coded.scales), len(groups))
     zeros = torch.zeros_like(coded.scales) if coded.zeros is None else coded.zeros
     loops = compiled.loops("words")
     if loops is None:

@@ -206,7 +206,7 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | 
         _of_rows(tensor.part(part), layout, low, high, device).view(stop - start, groups)
         for part in ("_scale", "_shift")
     )
-    found = Coded(codes, packing.integer_table(codes.device), scales, layout.columns)
+    found = Coded(codes, None, scales, layout.columns)
     return found._replace(shifts=-shifts) if _is_float(tensor.part("_shift")) else found._replace(zeros=shifts)
 
 
