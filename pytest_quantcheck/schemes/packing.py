@@ -219,12 +219,11 @@ def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> to
     stored  # (rows, columns)
     ->      # (rows, stop - start)
     """
-    import torch
-
     rows, columns = stored.shape
     if stored.nbytes < 1 << 22 or 8 * (stop - start) > columns:
         return stored.load(device=device).view(rows, columns)[:, start:stop]
-    return torch.stack([stored.load(row * columns + start, row * columns + stop, device) for row in range(rows)])
+    ranges = [(row * columns + start, row * columns + stop) for row in range(rows)]
+    return stored.load_each(ranges, device).view(rows, stop - start)
 
 
 class Grid(NamedTuple):
