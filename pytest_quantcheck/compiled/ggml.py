@@ -53,24 +53,38 @@ def round_to_levels(
     parts           # (n, size) float32
     inverse, scale  # (n, 1) float32
     """
+    low, high, cells = _cells(levels)
+    if not len(cells):
+        return round_to_codes(parts, levels[0], levels[-1], inverse, scale)
     found = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    how = torch.cat((inverse, scale), dim=1).t().contiguous()
-    _round_to_levels(parts.contiguous().numpy(), *_cells(levels), how.numpy(), found.numpy())
+    _round_to_cells(parts.contiguous().numpy(), low, high, cells, _rows(inverse, scale), found.numpy())
     return found
 
 
 def round_to_codes(
-    parts: torch.Tensor, high: int, inverse: torch.Tensor, scale: torch.Tensor, least: torch.Tensor
+    parts: torch.Tensor,
+    low: float,
+    high: float,
+    inverse: torch.Tensor,
+    scale: torch.Tensor,
+    least: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return what codes of 0 to `high` make of values: `(w - least) * inverse` rounded, times scale, plus least.
+    """Return what codes of `low` to `high` make of values: `round((w - chosen) * inverse) * scale + kept`.
 
-    parts                  # (n, size) float32
-    inverse, scale, least  # (n, 1) float32
+    parts           # (n, size) float32
+    inverse, scale  # (n, 1) float32
+    least           # chosen and kept minimum, (n, 1) float32 each
     """
     found = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    how = torch.cat((inverse, scale, least), dim=1).t().contiguous()
-    _round_to_codes(parts.contiguous().numpy(), np.float32(high), how.numpy(), found.numpy())
+    chosen, kept = least or (torch.zeros_like(scale), torch.full_like(scale, -0.0))  # which keep the sign of any zero
+    how = _rows(inverse, scale, chosen, kept)
+    _round_to_codes(parts.contiguous().numpy(), np.float32(low), np.float32(high), how, found.numpy())
     return found
+
+
+def _rows(*columns: torch.Tensor) -> np.ndarray:
+    """Columns as the rows of one array."""
+    return torch.cat([column.reshape(1, -1) for column in columns]).numpy()
 
 
 def _cells(levels: tuple[int, ...]) -> tuple[np.float32, np.float32, np.ndarray]:
@@ -245,14 +259,14 @@ def _fit_scales(
     parts: np.ndarray,
     low: np.float32,
     high: np.float32,
-    table: np.ndarray,
+    cells: np.ndarray,
     reaches: np.ndarray,
     rounds: int,
     found: np.ndarray,
 ) -> None:
     count, size = parts.shape
     values, levels = np.empty((SIZE, LANES), np.float32), np.empty((SIZE, LANES), np.float32)
-    entries = np.empty(SIZE * LANES, np.uint32)
+    entries = np.empty(LANES, np.uint32)
     lanes = np.empty((ROWS, LANES), np.float32)
     for first in range(0, count, LANES):
         used = min(LANES, count - first)
@@ -263,8 +277,7 @@ def _fit_scales(
                 lanes[INVERSE, lane] = reaches[at] * _inverse_of(lanes[HIGH, lane])
             for _ in range(rounds):
                 for row in range(size):
-                    _scaled(values[row], lanes[INVERSE], levels[row])
-                _to_levels(levels[:size].reshape(-1), low, high, table, entries)
+                    _to_levels(values[row], lanes[INVERSE], low, high, cells, entries, levels[row])
                 _add_up_levels(values, levels, size, lanes)
                 _keep_better_scale(lanes)
         for lane in range(used):
@@ -290,26 +303,32 @@ def _find_extremes(values: np.ndarray, size: int, lanes: np.ndarray) -> None:
 
 
 @machine_code
-def _scaled(values: np.ndarray, factors: np.ndarray, found: np.ndarray) -> None:
+def _to_levels(
+    values: np.ndarray,
+    factors: np.ndarray,
+    low: np.float32,
+    high: np.float32,
+    cells: np.ndarray,
+    entries: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    if len(cells) == 0:
+        for at in range(len(values)):
+            value = np.rint(values[at] * factors[at])
+            value = low if value < low else value
+            found[at] = high if value > high else value
+        return
     for at in range(len(values)):
-        found[at] = values[at] * factors[at]
+        entries[at] = _cell_of(values[at] * factors[at], low, high)
+    for at in range(len(values)):
+        found[at] = cells[entries[at]]
 
 
 @machine_code
-def _to_levels(values: np.ndarray, low: np.float32, high: np.float32, table: np.ndarray, entries: np.ndarray) -> None:
-    if len(table) == 0:
-        for at in range(len(values)):
-            value = np.rint(values[at])
-            value = low if value < low else value
-            values[at] = high if value > high else value
-        return
-    for at in range(len(values)):
-        value = values[at]
-        value = value if value > low else low  # NaN too
-        value = high if value > high else value
-        entries[at] = np.int32((value - low) * TWO)
-    for at in range(len(values)):
-        values[at] = table[entries[at]]
+def _cell_of(value: np.float32, low: np.float32, high: np.float32) -> np.int32:
+    value = value if value > low else low  # NaN too
+    value = high if value > high else value
+    return np.int32((value - low) * TWO)
 
 
 @machine_code
@@ -340,27 +359,26 @@ def _keep_better_scale(lanes: np.ndarray) -> None:
 
 
 @machine_code
-def _round_to_levels(
-    parts: np.ndarray, low: np.float32, high: np.float32, table: np.ndarray, how: np.ndarray, found: np.ndarray
+def _round_to_cells(
+    parts: np.ndarray, low: np.float32, high: np.float32, cells: np.ndarray, how: np.ndarray, found: np.ndarray
 ) -> None:
     entries = np.empty(parts.shape[1], np.uint32)
     for part in range(parts.shape[0]):
         inverse, scale = how[0, part], how[1, part]
         values, rounded = parts[part], found[part]
         for at in range(len(values)):
-            rounded[at] = values[at] * inverse
-        _to_levels(rounded, low, high, table, entries)
-        for at in range(len(rounded)):
-            rounded[at] *= scale
+            entries[at] = _cell_of(values[at] * inverse, low, high)
+        for at in range(len(values)):
+            rounded[at] = cells[entries[at]] * scale
 
 
 @machine_code
-def _round_to_codes(parts: np.ndarray, high: np.float32, how: np.ndarray, found: np.ndarray) -> None:
+def _round_to_codes(parts: np.ndarray, low: np.float32, high: np.float32, how: np.ndarray, found: np.ndarray) -> None:
     for part in range(parts.shape[0]):
-        inverse, scale, least = how[0, part], how[1, part], how[2, part]
+        inverse, scale, chosen, kept = how[0, part], how[1, part], how[2, part], how[3, part]
         values, rounded = parts[part], found[part]
         for at in range(len(values)):
-            code = np.rint((values[at] - least) * inverse)
-            code = ZERO if code < ZERO else code
+            code = np.rint((values[at] - chosen) * inverse)
+            code = low if code < low else code
             code = high if code > high else code
-            rounded[at] = code * scale + least
+            rounded[at] = code * scale + kept

@@ -61,7 +61,7 @@ def _from_least(
     scale, least = (_small_integers(found.view(shape), scales.top).view(-1, 1) for found in (scale, -least))
     inverse, loops = _inverse(scale), _loops(parts)
     if loops is not None:
-        return loops.round_to_codes(parts, codes, inverse, scale, -least).view(blocks.shape)  # type: ignore[no-any-return]
+        return loops.round_to_codes(parts, 0, codes, inverse, scale, (-least, -least)).view(blocks.shape)  # type: ignore[no-any-return]
     values = (parts + least).mul_(inverse).round_().clamp_(0, codes).mul_(scale).sub_(least)
     return values.reshape(blocks.shape)
 
