@@ -1,4 +1,4 @@
-"""Loops over the blocks of ggml, on tensors of the CPU: its searches.
+"""Loops over blocks with a scale of their own, on tensors of the CPU: rounding to integers, ggml's searches.
 
 A search takes `LANES` sub-blocks at once, turned so that vectors run across sub-blocks: value i of all of them lies in
 a row. Each then has its sums in a lane of its own, added up in the order of its values, whatever the CPU.
@@ -16,6 +16,8 @@ RUN = 8  # values of a sub-block whose sums stay in registers
 SIZE = 32  # values of the largest sub-block
 
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
+INFINITY, NAN = np.int32(0x7F800000), np.int32(0x7FC00000)
 TINY = np.float32(1e-30)
 
 
@@ -80,6 +82,17 @@ def round_to_codes(
     how = _rows(inverse, scale, chosen, kept)
     _round_to_codes(parts.contiguous().numpy(), np.float32(low), np.float32(high), how, found.numpy())
     return found
+
+
+def range_of_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least and the greatest value of each block, NaN where one is.
+
+    blocks  # (n, size) float32
+    ->      # (n, 1) twice
+    """
+    found = torch.empty((2, len(blocks)))
+    _range_of_blocks(blocks.contiguous().view(torch.int32).numpy(), found.view(torch.int32).numpy())
+    return found[0].unsqueeze(1), found[1].unsqueeze(1)
 
 
 def _rows(*columns: torch.Tensor) -> np.ndarray:
@@ -382,3 +395,22 @@ def _round_to_codes(parts: np.ndarray, low: np.float32, high: np.float32, how: n
             code = low if code < low else code
             code = high if code > high else code
             rounded[at] = code * scale + kept
+
+
+@machine_code
+def _range_of_blocks(words: np.ndarray, found: np.ndarray) -> None:
+    for block in range(words.shape[0]):
+        values = words[block]
+        least, most = MAGNITUDE, ~MAGNITUDE
+        for at in range(len(values)):
+            place = _place(values[at])
+            least, most = min(least, place), max(most, place)
+        if least < -INFINITY - 1 or most > INFINITY:
+            least = most = NAN
+        found[0, block], found[1, block] = _place(least), _place(most)
+
+
+@machine_code
+def _place(bits: np.int32) -> np.int32:
+    """The bits of a float32 as an integer of the same order, and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> 31) & MAGNITUDE))

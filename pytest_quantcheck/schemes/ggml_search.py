@@ -17,13 +17,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_quantcheck import compiled
 from pytest_quantcheck.schemes import rounding
 from pytest_quantcheck.schemes.rounding import Round
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     import torch
 
 TINY = 1e-30
@@ -59,17 +56,11 @@ def _from_least(
     scale, least = _fit_line(parts, codes, spreads, absolute=absolute)
     shape = (len(blocks), -1)
     scale, least = (_small_integers(found.view(shape), scales.top).view(-1, 1) for found in (scale, -least))
-    inverse, loops = _inverse(scale), _loops(parts)
+    inverse, loops = _inverse(scale), rounding.block_loops(parts)
     if loops is not None:
         return loops.round_to_codes(parts, 0, codes, inverse, scale, (-least, -least)).view(blocks.shape)  # type: ignore[no-any-return]
     values = (parts + least).mul_(inverse).round_().clamp_(0, codes).mul_(scale).sub_(least)
     return values.reshape(blocks.shape)
-
-
-def _loops(parts: torch.Tensor) -> ModuleType | None:
-    import torch
-
-    return compiled.loops("ggml") if parts.dtype == torch.float32 else None
 
 
 def _fit_line(
@@ -82,7 +73,7 @@ def _fit_line(
     """
     import torch
 
-    loops = _loops(parts)
+    loops = rounding.block_loops(parts)
     if loops is not None:
         return loops.fit_lines(parts, codes, spreads, absolute=absolute)  # type: ignore[no-any-return]
     weight = parts.abs()
@@ -149,7 +140,7 @@ def _from_zero(
         unit = _extreme(fitted) / -scales.top
         codes = (fitted * _inverse(unit)).round_().clamp_(-scales.top, scales.top - 1)
         scale = codes.mul_(unit.to(torch.float16)).view(-1, 1)
-    loops = _loops(parts)
+    loops = rounding.block_loops(parts)
     if loops is not None:
         return loops.round_to_levels(parts, levels, _inverse(scale), scale).view(blocks.shape)  # type: ignore[no-any-return]
     return _to_level(parts * _inverse(scale), levels).mul_(scale).reshape(blocks.shape)
@@ -159,7 +150,7 @@ def _fit_scale(parts: torch.Tensor, levels: tuple[int, ...], spreads: tuple[floa
     """Return the scale of each part, by the spread that leaves the least error under weights of x * x."""
     import torch
 
-    loops = _loops(parts)
+    loops = rounding.block_loops(parts)
     if loops is not None:
         return loops.fit_scales(parts, levels, spreads, refined)  # type: ignore[no-any-return]
     most = _extreme(parts)
