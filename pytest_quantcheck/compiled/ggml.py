@@ -1,4 +1,8 @@
-"""Loops over blocks with a scale of their own, on tensors of the CPU: rounding to integers, ggml's searches.
+"""Loops over blocks with a scale of their own, on tensors of the CPU: reading ggml's, rounding, and its searches.
+
+    blocks         # (n, bytes of a block) uint8, as in the `ggml_*` schemes
+    scales, least  # (n, parts) float32, of equal parts of a block; a value is code * scale - least
+    values         # (n, values of a block) float32, which are filled
 
 A search takes `LANES` sub-blocks at once, turned so that vectors run across sub-blocks: value i of all of them lies in
 a row. Each then has its sums in a lane of its own, added up in the order of its values, whatever the CPU.
@@ -15,10 +19,80 @@ LANES = 128
 RUN = 8  # values of a sub-block whose sums stay in registers
 SIZE = 32  # values of the largest sub-block
 
+BIT, TWO_BITS, NIBBLE = np.int32(1), np.int32(3), np.int32(15)
+MIDDLE = np.int32(32)  # of the codes of Q6_K
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 INFINITY, NAN = np.int32(0x7F800000), np.int32(0x7FC00000)
 TINY = np.float32(1e-30)
+
+
+def unpack_nibbles(
+    blocks: torch.Tensor,
+    first: int,
+    size: int,
+    zero: int,
+    scales: torch.Tensor,
+    least: torch.Tensor | None,
+    values: torch.Tensor,
+) -> None:
+    """Fill values from runs of `size` bytes from byte `first`: their low nibbles, then their high ones, less `zero`."""
+    _unpack_nibbles(blocks.contiguous().numpy(), first, size, np.int32(zero), *_both(scales, least), values.numpy())
+
+
+def unpack_levels(
+    blocks: torch.Tensor, first: int, size: int, levels: tuple[int, ...], scales: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Fill values from the same runs, whose nibbles are of a table of 16 levels."""
+    table = np.array(levels, np.float32)
+    _unpack_levels(blocks.contiguous().numpy(), first, size, table, scales.contiguous().numpy(), values.numpy())
+
+
+def unpack_five(
+    blocks: torch.Tensor,
+    fifth: int,
+    zero: int,
+    scales: torch.Tensor,
+    least: torch.Tensor | None,
+    values: torch.Tensor,
+) -> None:
+    """Fill 32 values from 16 bytes of nibbles at the end and the 4 bytes of fifth bits before them."""
+    _unpack_five(blocks.contiguous().numpy(), fifth, np.int32(zero), *_both(scales, least), values.numpy())
+
+
+def unpack_two_bits(
+    blocks: torch.Tensor, first: int, scales: torch.Tensor, least: torch.Tensor | None, values: torch.Tensor
+) -> None:
+    """Fill the values of Q2_K, whose fields start at byte `first`, or of Q3_K, whose third bits lie before them."""
+    third = np.int32(least is None)
+    _unpack_two_bits(blocks.contiguous().numpy(), first, third, *_both(scales, least), values.numpy())
+
+
+def unpack_q5_k(blocks: torch.Tensor, scales: torch.Tensor, least: torch.Tensor, values: torch.Tensor) -> None:
+    """Fill the values of Q5_K."""
+    _unpack_q5_k(blocks.contiguous().numpy(), *_both(scales, least), values.numpy())
+
+
+def unpack_q6_k(blocks: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> None:
+    """Fill the values of Q6_K."""
+    _unpack_q6_k(blocks.contiguous().numpy(), scales.numpy(), values.numpy())
+
+
+def scales_k(blocks: torch.Tensor, scale: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales and minima of Q4_K and Q5_K, given the float16 of either.
+
+    scale, least  # (n, 1) float32
+    ->            # (n, 8) twice
+    """
+    found = torch.empty((2, len(blocks), 8))
+    units = scale.contiguous().view(-1).numpy(), least.contiguous().view(-1).numpy()
+    _scales_k(blocks.contiguous().numpy(), *units, found.numpy())
+    return found[0], found[1]
+
+
+def _both(scales: torch.Tensor, least: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    least = torch.zeros_like(scales) if least is None else least
+    return scales.contiguous().numpy(), least.contiguous().numpy()
 
 
 def fit_lines(
@@ -111,6 +185,131 @@ def _cells(levels: tuple[int, ...]) -> tuple[np.float32, np.float32, np.ndarray]
     middles = low + 0.25 + np.arange(2 * int(high - low) + 1) / 2
     ordered = np.array(levels, np.float32)
     return low, high, ordered[np.searchsorted((ordered[1:] + ordered[:-1]) / 2, middles)]
+
+
+@machine_code
+def _unpack_nibbles(
+    blocks: np.ndarray,
+    first: int,
+    size: int,
+    zero: np.int32,
+    scales: np.ndarray,
+    least: np.ndarray,
+    values: np.ndarray,
+) -> None:
+    runs = values.shape[1] // size  # two of each run of bytes
+    shared = runs // scales.shape[1]
+    for block in range(blocks.shape[0]):
+        packed, found = blocks[block], values[block]
+        for run in range(0, runs, 2):
+            some = packed[first + run // 2 * size :][:size]
+            low, high = found[run * size :][:size], found[(run + 1) * size :][:size]
+            scale, under = scales[block, run // shared], least[block, run // shared]
+            high_scale, high_under = scales[block, (run + 1) // shared], least[block, (run + 1) // shared]
+            for at in range(len(some)):
+                byte = np.int32(some[at])
+                low[at] = np.float32(np.int32(np.int32(byte & NIBBLE) - zero)) * scale - under
+                high[at] = np.float32(np.int32(np.int32(byte >> 4) - zero)) * high_scale - high_under
+
+
+@machine_code
+def _unpack_levels(
+    blocks: np.ndarray, first: int, size: int, levels: np.ndarray, scales: np.ndarray, values: np.ndarray
+) -> None:
+    for block in range(blocks.shape[0]):
+        packed, found = blocks[block], values[block]
+        for part in range(scales.shape[1]):
+            some, scale = packed[first + part * size :][:size], scales[block, part]
+            low, high = found[2 * part * size :][:size], found[(2 * part + 1) * size :][:size]
+            for at in range(len(some)):
+                low[at] = levels[np.uint32(some[at] & NIBBLE)] * scale
+                high[at] = levels[np.uint32(some[at] >> 4)] * scale
+
+
+@machine_code
+def _unpack_five(
+    blocks: np.ndarray, fifth: int, zero: np.int32, scales: np.ndarray, least: np.ndarray, values: np.ndarray
+) -> None:
+    for block in range(blocks.shape[0]):
+        packed, found = blocks[block], values[block]
+        bits = packed[fifth:]
+        lower, upper = np.int32(bits[0] | bits[1] << 8), np.int32(bits[2] | bits[3] << 8)
+        scale, under = scales[block, 0], least[block, 0]
+        some, low, high = bits[4:20], found[:16], found[16:]
+        for at in range(len(some)):
+            byte, place = np.int32(some[at]), np.int32(at)
+            code = np.int32(np.int32(byte & NIBBLE) | np.int32(np.int32(np.int32(lower >> place) & BIT) << 4))
+            high_code = np.int32(np.int32(byte >> 4) | np.int32(np.int32(np.int32(upper >> place) & BIT) << 4))
+            low[at] = np.float32(np.int32(code - zero)) * scale - under
+            high[at] = np.float32(np.int32(high_code - zero)) * scale - under
+
+
+@machine_code
+def _unpack_two_bits(
+    blocks: np.ndarray, first: int, third: np.int32, scales: np.ndarray, least: np.ndarray, values: np.ndarray
+) -> None:
+    zero = np.int32(third << 2)
+    for block in range(blocks.shape[0]):
+        packed, found = blocks[block], values[block]
+        for part in range(4):  # 16 bytes, and the four runs of values that they are of
+            some, upper = packed[first + 16 * part :][:16], packed[16 * (part % 2) :][:16]
+            for field in range(4):
+                run = 8 * (part // 2) + 2 * field + part % 2
+                down, off = np.int32(2 * field), np.int32(run // 2)
+                scale, under, run_of = scales[block, run], least[block, run], found[16 * run : 16 * run + 16]
+                for at in range(len(run_of)):
+                    code = np.int32(np.int32(np.int32(some[at]) >> down) & TWO_BITS)
+                    more = np.int32(np.int32(np.int32(upper[at]) >> off) & third)
+                    run_of[at] = np.float32(np.int32(code + np.int32(more << 2) - zero)) * scale - under
+
+
+@machine_code
+def _unpack_q5_k(blocks: np.ndarray, scales: np.ndarray, least: np.ndarray, values: np.ndarray) -> None:
+    for block in range(blocks.shape[0]):
+        packed, found = blocks[block], values[block]
+        bits = packed[16:48]
+        for run in range(0, 8, 2):
+            some, low, high = packed[48 + 16 * run :][:32], found[32 * run :][:32], found[32 * run + 32 :][:32]
+            scale, under = scales[block, run], least[block, run]
+            high_scale, high_under = scales[block, run + 1], least[block, run + 1]
+            off, high_off = np.int32(run), np.int32(run + 1)
+            for at in range(len(some)):
+                byte, upper = np.int32(some[at]), np.int32(bits[at])
+                code = np.int32(np.int32(byte & NIBBLE) | np.int32(np.int32(np.int32(upper >> off) & BIT) << 4))
+                high_code = np.int32(np.int32(byte >> 4) | np.int32(np.int32(np.int32(upper >> high_off) & BIT) << 4))
+                low[at] = np.float32(code) * scale - under
+                high[at] = np.float32(high_code) * high_scale - high_under
+
+
+@machine_code
+def _unpack_q6_k(blocks: np.ndarray, scales: np.ndarray, values: np.ndarray) -> None:
+    for block in range(blocks.shape[0]):
+        packed, found = blocks[block], values[block]
+        for part in range(4):  # 16 bytes of upper bits, and the four runs of values that they are of
+            half, side = part // 2, part % 2
+            one, other = packed[64 * half + 16 * side :][:16], packed[64 * half + 32 + 16 * side :][:16]
+            bits, values_of = packed[128 + 16 * part :][:16], found[128 * half + 16 * side :]
+            a, b, c, d = values_of[:16], values_of[32:48], values_of[64:80], values_of[96:112]
+            scale_a, scale_b, scale_c, scale_d = scales[block, 8 * half + side :][0:8:2]
+            for at in range(len(one)):
+                low, high, upper = np.int32(one[at]), np.int32(other[at]), np.int32(bits[at])
+                a[at] = np.float32(np.int32((low & NIBBLE) + ((upper & 3) << 4) - MIDDLE)) * scale_a
+                b[at] = np.float32(np.int32((high & NIBBLE) + ((upper & 12) << 2) - MIDDLE)) * scale_b
+                c[at] = np.float32(np.int32((low >> 4) + (upper & 48) - MIDDLE)) * scale_c
+                d[at] = np.float32(np.int32((high >> 4) + ((upper & 192) >> 2) - MIDDLE)) * scale_d
+
+
+@machine_code
+def _scales_k(blocks: np.ndarray, scale: np.ndarray, least: np.ndarray, found: np.ndarray) -> None:
+    for block in range(blocks.shape[0]):
+        packed, scales, minima = blocks[block], found[0, block], found[1, block]
+        of_scale, of_least = scale[block], least[block]
+        for at in range(4):
+            first, second, third = packed[4 + at], packed[8 + at], packed[12 + at]
+            scales[at] = np.float32(first & 63) * of_scale
+            scales[4 + at] = np.float32((third & 15) | (first >> 6) << 4) * of_scale
+            minima[at] = np.float32(second & 63) * of_least
+            minima[4 + at] = np.float32((third >> 4) | (second >> 6) << 4) * of_least
 
 
 # Rows of what sub-blocks have, a lane each: the end of its range and the scale (and minimum) that are the best so far,
