@@ -104,7 +104,7 @@ def fit_lines(
     ->     # (n, 1) twice
     """
     found = torch.empty((2, len(parts)))
-    reaches = np.array([codes + spread for spread in spreads], np.float32)
+    reaches = np.array([codes, *(codes + spread for spread in spreads)], np.float32)
     _fit_lines(parts.contiguous().numpy(), np.float32(codes), reaches, absolute, found.numpy())
     return found[0].unsqueeze(1), found[1].unsqueeze(1)
 
@@ -329,20 +329,13 @@ def _fit_lines(parts: np.ndarray, codes: np.float32, reaches: np.ndarray, absolu
         _turn(parts[first : first + used], values)
         _weigh(values, size, absolute, weights, lanes)
         for lane in range(LANES):
-            width = lanes[HIGH, lane] - lanes[LEAST, lane]
-            lanes[SCALE, lane] = width / codes
-            lanes[INVERSE, lane] = _inverse_of(lanes[SCALE, lane])
-            lanes[TRIED_SCALE, lane] = lanes[SCALE, lane]
-            lanes[TRIED_LEAST, lane] = lanes[LEAST, lane]
-        _add_up(turned, size, codes, lanes)
-        _measure(turned, size, absolute, codes, lanes)
-        for lane in range(LANES):
-            lanes[BEST, lane] = lanes[ERROR, lane]
+            lanes[SCALE, lane] = (lanes[HIGH, lane] - lanes[LEAST, lane]) / codes
+            lanes[BEST, lane] = np.inf
         for at in range(len(reaches)):
             for lane in range(LANES):
                 lanes[INVERSE, lane] = reaches[at] * _inverse_of(lanes[HIGH, lane] - lanes[LEAST, lane])
             _add_up(turned, size, codes, lanes)
-            _solve(lanes)
+            _solve(lanes, at == 0)
             _measure(turned, size, absolute, codes, lanes)
             _keep_better(lanes)
         for lane in range(used):
@@ -419,7 +412,13 @@ def _add_up(turned: np.ndarray, size: int, codes: np.float32, lanes: np.ndarray)
 
 
 @machine_code
-def _solve(lanes: np.ndarray) -> None:
+def _solve(lanes: np.ndarray, as_it_is: bool) -> None:
+    if as_it_is:  # the range itself
+        for lane in range(LANES):
+            lanes[TRIED_SCALE, lane] = lanes[SCALE, lane]
+            lanes[TRIED_LEAST, lane] = lanes[LEAST, lane]
+            lanes[SPANNED, lane] = ONE
+        return
     for lane in range(LANES):
         sum_w, sum_x = lanes[SW, lane], lanes[SX, lane]
         sum_l, sum_ll, sum_xl = lanes[SL, lane], lanes[SLL, lane], lanes[SXL, lane]
