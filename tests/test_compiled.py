@@ -12,8 +12,11 @@ import torch
 from pytest_quantcheck import compiled
 from pytest_quantcheck.checks import engine, window
 from pytest_quantcheck.checks.metrics import Extremes, Fidelity
-from pytest_quantcheck.compiled import machine, windows
+from pytest_quantcheck.compiled import ggml, machine, windows
+from pytest_quantcheck.schemes import ggml_iq4, ggml_k
 from tests.test_engine import checkpoint, gaussian, stored_as_nf4
+from tests.test_expectation import db
+from tests.test_fidelity import weights
 
 
 def both(tensor, reference, monkeypatch, *, sample: bool = False) -> tuple[Fidelity, Fidelity]:
@@ -94,6 +97,35 @@ def test_values_that_are_no_numbers_or_too_large(tmp_path, monkeypatch, wrong, s
     assert found.extremes.non_finite == expected.extremes.non_finite
     assert found.extremes.reference_non_finite == expected.extremes.reference_non_finite
     assert found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-6, nan_ok=True)
+
+
+SEARCHED = {
+    **{kind: ggml_k.TYPES[kind] for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")},
+    **{kind: ggml_iq4.TYPES[kind] for kind in ("IQ4_NL", "IQ4_XS")},
+}
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "student-t", "outliers"])
+@pytest.mark.parametrize("kind", SEARCHED)
+def test_searches_of_ggml_keep_what_those_of_torch_keep(kind, distribution):
+    """To the last bit all but everywhere: where two scales are as good, the order of sums decides between them."""
+    rounding = SEARCHED[kind].rounding
+    values = weights(distribution, 131, 1024)
+    wanted = rounding.nearest(None, values, None)
+    with compiled.used(True):
+        found = rounding.nearest(None, values, None)
+    assert db(found, values) == pytest.approx(db(wanted, values), abs=0.01)
+    assert float((found != wanted).float().mean()) < 0.05
+
+
+def test_the_range_of_blocks_is_that_of_torch():
+    blocks = gaussian(9, 33)
+    blocks[1], blocks[2] = blocks[1].abs(), -blocks[2].abs()
+    blocks[3, 5], blocks[4, 5], blocks[5, 7] = math.inf, -math.inf, math.nan
+    blocks[6, 0] = torch.tensor(math.nan).copysign(torch.tensor(-1.0))
+    blocks[7] = 1e-42  # not normal
+    for found, wanted in zip(ggml.range_of_blocks(blocks), (blocks.amin(dim=1), blocks.amax(dim=1)), strict=True):
+        assert torch.equal(found.view(-1).nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
 def test_small_models_and_other_devices_are_left_to_torch():
