@@ -30,6 +30,9 @@ FP4 = (
 )  # fmt: skip
 
 
+SMALL = 1 << 22  # bytes of a matrix that is read whole, whatever columns are wanted
+
+
 def small_float_table(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
     """Return the value of every code of a small float without infinities, sign in the highest bit.
 
@@ -220,7 +223,7 @@ def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> to
     ->      # (rows, stop - start)
     """
     rows, columns = stored.shape
-    if stored.nbytes < 1 << 22 or 8 * (stop - start) > columns:
+    if stored.nbytes < SMALL or 8 * (stop - start) > columns:
         return stored.load(device=device).view(rows, columns)[:, start:stop]
     ranges = [(row * columns + start, row * columns + stop) for row in range(rows)]
     return stored.load_each(ranges, device).view(rows, stop - start)
