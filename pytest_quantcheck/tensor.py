@@ -202,7 +202,7 @@ class Coded(NamedTuple):
     float32, each operation rounded; None is left out. Rows lie one behind the other.
 
     codes                  # (rows * columns / width,) uint8, each of `width` values, in their order
-    table                  # (256, width) float32; None: the codes are the numbers
+    table                  # (256, width) float32; None: the codes are the numbers, of any dtype of one byte
     scales, zeros, shifts  # (rows, ceil(columns / size)) float32
     """
 

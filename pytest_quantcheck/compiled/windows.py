@@ -50,7 +50,7 @@ def compare_coded(
     sums, blocks = _empty_sums(reference, block)
     rounded_sums, rounded_blocks = _empty_sums(reference, block) if rounding else _NONE
     largest, zeros, reference_zeros = _coded(
-        coded.codes.numpy(),
+        coded.codes.view(torch.uint8).numpy(),
         table.numpy(),
         _factors(coded),
         coded.size,
@@ -80,14 +80,17 @@ def decode(coded: Coded) -> torch.Tensor:
     table, rows = _table(coded), len(coded.scales)
     values = torch.empty((rows, coded.codes.numel() * table.itemsize // 4 // max(1, rows)))
     entries = values.view(-1).view(table.dtype)
-    _decode(coded.codes.numpy(), table.numpy(), _factors(coded), coded.size, (values.numpy(), entries.numpy()))
+    codes = coded.codes.view(torch.uint8)
+    _decode(codes.numpy(), table.numpy(), _factors(coded), coded.size, (values.numpy(), entries.numpy()))
     return values
 
 
 def _table(coded: Coded) -> torch.Tensor:
-    """The entries of a table, two values as one of twice the width; none where codes are the numbers."""
-    if coded.table is None:
+    """The entries of a table, two values as one of twice the width; none where bytes are the numbers."""
+    if coded.table is None and coded.codes.dtype == torch.uint8:
         return torch.empty(0)
+    if coded.table is None:
+        return torch.arange(256, dtype=torch.uint8).view(coded.codes.dtype).to(torch.float32)
     table = coded.table.contiguous()
     return (table.view(torch.float64) if table.shape[1] == 2 else table).view(-1)
 
