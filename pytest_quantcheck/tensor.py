@@ -184,7 +184,7 @@ class Coded(NamedTuple):
 
     Value i of a row is `table[code i] * scales[row, i // size]`, in float32. Rows lie one behind the other.
 
-    codes   # (rows * columns / width,) uint8, each of `width` values, in their order
+    codes   # (rows * columns / width,) uint8, each of `width` values, in their order; or numbers of one byte
     table   # (256, width) float32
     scales  # (rows, ceil(columns / size)) float32
     """

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 
-from pytest_quantcheck import compiled
+from pytest_quantcheck import compiled, inspect
 from pytest_quantcheck.checks import engine, window
 from pytest_quantcheck.checks.metrics import Extremes, Fidelity
 from pytest_quantcheck.compiled import machine, windows
+from tests.cases import all_cases
+from tests.scheme_table import saved
 from tests.test_engine import checkpoint, gaussian, stored_as_nf4
 
 
@@ -77,6 +79,53 @@ def test_codes_are_not_written_out(tmp_path, monkeypatch):
     monkeypatch.setattr(window, "measure", lambda *_, **__: pytest.fail("a window was decoded by itself"))
     (row,) = engine.measure_each([(ours.tensor("weight"), theirs.tensor("weight"))])
     assert row.sqnr_db == pytest.approx(20.7, abs=0.5)
+
+
+# Rows of the table of schemes, one for each way to say codes.
+CODED = [
+    "fp8-256x384",
+    "fp8-ragged-200x130",
+    "fp8-e5m2-bf16-scales",
+    "fp8-per-row",
+    "fp8-per-tensor-static",
+    "fp8-fused-experts",
+    "fp4-fused-experts",
+    "mxfp8-e8m0",
+    "ct-int8-channel",
+    "ct-naive-4-bit-in-bytes",
+    "ct-float8-tensor",
+    "ct-float8-ragged-block",
+    "ct-mxfp8",
+    "fbgemm-linear",
+    "modelopt-fp8",
+    "modelopt-fp8-ragged-block",
+    "modelopt-fp8-stack-per-column",
+    "modelopt-mxfp8",
+    "modelopt-int8",
+]
+
+
+@pytest.mark.parametrize("case", [case for case in all_cases() if case.id in CODED], ids=lambda case: case.id)
+def test_every_format_of_codes_is_compared_as_it_is_stored(case, tmp_path, monkeypatch):
+    """The sums are those of torch, and no window is decoded by itself."""
+    made = case.make()
+    ours = inspect(saved(made, tmp_path) if made.tensors or made.write else made.live).tensor(case.name)
+    values = ours.decode().view(case.shape)
+    noise = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
+    original = (values + 0.1 * values.std() * noise).bfloat16()
+    theirs = checkpoint(tmp_path / "reference.safetensors", {case.name: original}).tensor(case.name)
+    ours, measure = ours._replace(rounding=None), window.measure
+    monkeypatch.setattr(window, "measure", lambda *all_, **by_name: _by_torch(measure, *all_, **by_name))
+    assert_equal(*both(ours, theirs, monkeypatch))
+
+
+def test_the_table_above_has_rows():
+    assert {case.id for case in all_cases()} >= set(CODED)
+
+
+def _by_torch(measure, *positional, **by_name):
+    assert compiled.loops("windows") is None, "a window was decoded by itself"
+    return measure(*positional, **by_name)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e30])

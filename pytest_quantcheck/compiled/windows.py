@@ -51,7 +51,7 @@ def compare_coded(
     sums, blocks = _empty_sums(reference, block)
     rounded_sums, rounded_blocks = _empty_sums(reference, block) if rounding else _NONE
     largest, zeros, reference_zeros = _coded(
-        coded.codes.numpy(),
+        coded.codes.view(torch.uint8).numpy(),
         table.view(-1).numpy(),
         coded.scales.numpy(),
         coded.size,
@@ -94,16 +94,16 @@ def count_zeros(values: torch.Tensor) -> int:
     return _zeros(values.contiguous().view(-1).numpy())
 
 
-def look_up_pairs(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the two values of each byte.
+def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return the one or two values of each byte.
 
     codes  # (n,) uint8
-    table  # (256, 2)
-    ->     # (n, 2)
+    table  # (256, width) float32
+    ->     # (n, width)
     """
-    found = torch.empty((len(codes), 2))
-    entries = table.contiguous().view(torch.float64).view(-1)
-    _look_up(codes.numpy(), entries.numpy(), found.view(torch.float64).view(-1).numpy())
+    found = torch.empty((len(codes), table.shape[1]))
+    entry = torch.float64 if table.shape[1] == 2 else torch.float32
+    _look_up(codes.numpy(), table.contiguous().view(entry).view(-1).numpy(), found.view(entry).view(-1).numpy())
     return found
 
 

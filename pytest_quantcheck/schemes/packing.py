@@ -83,8 +83,8 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     loops, width = compiled.loops("windows"), table.shape[1]
-    if loops is not None and width == 2 and (codes.dtype, table.dtype) == (torch.uint8, torch.float32):
-        return loops.look_up_pairs(codes.reshape(-1), table).view(*codes.shape, 2)  # type: ignore[no-any-return]
+    if loops is not None and width <= 2 and (codes.dtype, table.dtype) == (torch.uint8, torch.float32):
+        return loops.look_up(codes.reshape(-1), table).view(*codes.shape, width)  # type: ignore[no-any-return]
     indices = codes.to(torch.int32)
     if width == 1:
         return table.reshape(-1).index_select(0, indices.view(-1)).view(*codes.shape, 1)
@@ -207,20 +207,59 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     return values
 
 
-def expand(coded: Coded) -> torch.Tensor:
+def expand(coded: Coded, columns: int = -1) -> torch.Tensor:
     """Return the values that codes stand for, float32 `[rows, columns]`; of an odd row, the other half of a byte too.
 
-    The last block may be shorter.
+    The last block may be shorter. Of no rows, nothing but `columns` says how long they are.
     """
-    values = look_up(coded.codes, coded.table).view(len(coded.scales), -1)
-    return scale_groups(values, coded.scales, coded.size)
+    import torch
+
+    packed = coded.codes.dtype == torch.uint8
+    values = look_up(coded.codes, coded.table) if packed else as_float32(coded.codes)
+    return scale_groups(values.view(len(coded.scales), columns), coded.scales, coded.size)
+
+
+def byte_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return stored numbers of one byte, and the float32 values that the 256 bytes have in their dtype.
+
+    ->  # (stop - start,); (256, 1)
+    """
+    codes = stored.load(start, stop, device)
+    return codes, _byte_table(codes.dtype, device)
+
+
+def _byte_table(dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).to(torch.float32).view(256, 1)
+
+
+def as_float32(values: torch.Tensor) -> torch.Tensor:
+    """Return stored numbers as float32: floats of one byte from a table where loops are in use, torch casts slowly."""
+    import torch
+
+    small = values.is_floating_point() and values.element_size() == 1
+    if not small or compiled.loops("windows") is None:
+        return values.to(torch.float32)
+    return look_up(values.view(torch.uint8), _byte_table(values.dtype, values.device)).view(values.shape)
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """Return the float32 values of E8M0 scales, whether they come as `float8_e8m0fnu` or as bytes: 2**(e - 127)."""
     import torch
 
-    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)
+    return as_float32(exponents.view(torch.float8_e8m0fnu))
+
+
+def e2m1_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bytes of values `start` up to `stop`, E2M1 with the low nibble first, and the two values of each byte.
+
+    ->  # ((stop - start) / 2,) uint8; (256, 2)
+    """
+    import torch
+
+    table = torch.tensor(E2M1, device=device)
+    return stored.load_bytes(start // 2, stop // 2, device), nibble_pairs(table, high_first=False)
 
 
 def e2m1_values(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
