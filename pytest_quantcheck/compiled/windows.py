@@ -53,7 +53,7 @@ def compare_coded(
     largest, zeros, reference_zeros = _coded(
         coded.codes.view(torch.uint8).numpy(),
         table.view(-1).numpy(),
-        coded.scales.numpy(),
+        coded.scales.contiguous().numpy(),
         coded.size,
         words.numpy(),
         shift,

@@ -83,7 +83,8 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     loops, width = compiled.loops("windows"), table.shape[1]
-    if loops is not None and width <= 2 and (codes.dtype, table.dtype) == (torch.uint8, torch.float32):
+    every_byte = codes.dtype == torch.uint8 and len(table) == 256
+    if loops is not None and every_byte and width <= 2 and table.dtype == torch.float32:
         return loops.look_up(codes.reshape(-1), table).view(*codes.shape, width)  # type: ignore[no-any-return]
     indices = codes.to(torch.int32)
     if width == 1:
