@@ -101,7 +101,7 @@ CODED = [
     "torchao-nvfp4-experts",
     "torchao-mxfp4",
     "torchao-mxfp8-e5m2-swizzled",
-    "onnx-bnb-nf4-full-rows",
+    "onnx-bnb-fp4",
     "mxfp8-e8m0",
     "ct-int8-channel",
     "ct-naive-4-bit-in-bytes",
