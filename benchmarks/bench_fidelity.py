@@ -2,7 +2,8 @@
 
 The script takes each tensor whole: bitsandbytes' `dequantize_4bit`, `.float()`, the difference, the cosine. It gives
 two numbers for a tensor; ours gives those of the JSON document, with `auto` also what rounding to nearest would keep.
-The bound is what it takes to copy all bytes of both files out of the page cache, on as many threads.
+The bound is what it takes to copy all bytes of both files out of the page cache, on as many threads. The first run in
+a process imports numba; the very first compiles, here in an empty folder.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import measure
+from pytest_quantcheck import compiled
 
-HIDDEN, INNER, LAYERS = 2048, 5632, 4
+HIDDEN, INNER, LAYERS = 2048, 5632, 7
 ROWS, COLUMNS = 4096, 4096
 ROUNDS = 7
 CHUNK = 1 << 20
@@ -29,6 +31,11 @@ import sys
 from pytest_quantcheck import inspect
 from pytest_quantcheck.checks.fidelity import compare
 compare(inspect(sys.argv[1]), inspect(sys.argv[2]))
+"""
+UNCOMPILED = """
+import os, tempfile
+folder = tempfile.TemporaryDirectory()
+os.environ["NUMBA_CACHE_DIR"] = folder.name
 """
 THEIRS = """
 import sys
@@ -43,7 +50,7 @@ def main() -> None:
         # In a process of its own: what a process inherits counts as its peak memory.
         measure.run(measure.python(f"from benchmarks.bench_fidelity import write; write({folder!r})"))
         quantized, reference = (os.path.join(folder, f"{name}.safetensors") for name in ("nf4", "reference"))
-        _memory(quantized, reference)
+        _processes(quantized, reference)
         _whole(quantized, reference)
         _formats(Path(folder))
 
@@ -92,10 +99,11 @@ def write(folder: str) -> None:
     safetensors.torch.save_file(stored, f"{folder}/nf4.safetensors")
 
 
-def _memory(quantized: str, reference: str) -> None:
+def _processes(quantized: str, reference: str) -> None:
     commands = {
         "imports only": measure.python(IMPORTS),
         "ours, auto": [sys.executable, "-c", OURS, quantized, reference],
+        "ours, nothing compiled yet": [sys.executable, "-c", UNCOMPILED + OURS, quantized, reference],
         "the script": [sys.executable, "-c", THEIRS, quantized, reference],
     }
     measure.table(measure.in_turns(commands, rounds=1))
@@ -119,11 +127,21 @@ def _whole(quantized: str, reference: str) -> None:
         {
             "ours, with a limit given": lambda: compare(inspect(quantized), inspect(reference), given),
             "ours, auto": lambda: compare(inspect(quantized), inspect(reference)),
+            "ours, auto, without numba": lambda: _by_torch(lambda: compare(inspect(quantized), inspect(reference))),
             "the script": lambda: script(quantized, reference),
             "copying the bytes": lambda: _copy([quantized, reference], torch.get_num_threads()),
         },
         values,
     )
+
+
+def _by_torch(run: Callable[[], object]) -> None:
+    """Run as where numba is not installed."""
+    least, compiled.FROM = compiled.FROM, sys.maxsize
+    try:
+        run()
+    finally:
+        compiled.FROM = least
 
 
 def _copy(paths: list[str], threads: int) -> None:
@@ -159,6 +177,7 @@ def _formats(folder: Path) -> None:
     from pytest_quantcheck.checks.engine import measure as measure_pair
     from pytest_quantcheck.tensor import LogicalTensor
 
+    compiled.FROM = ROWS * COLUMNS  # as in a model of them
     torch.manual_seed(0)
     original = (0.02 * torch.randn(ROWS, COLUMNS)).to(torch.bfloat16)
     safetensors.torch.save_file({"layer.weight": original}, folder / "original.safetensors")

@@ -172,6 +172,27 @@ def test_one_thread_does_not_decide_for_another():
     assert compiled.loops("windows") is None
 
 
+TOGETHER = """
+import sys, threading
+import torch
+from pytest_quantcheck import compiled
+sys.setswitchinterval(1e-6)
+found, start = [], threading.Barrier(8)
+def work():
+    with compiled.used(True):
+        start.wait()
+        found.append(compiled.loops("windows").count_zeros(torch.ones(3)))
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert found == [0] * 8
+"""
+
+
+def test_threads_that_import_together_all_get_the_whole_module():
+    subprocess.run([sys.executable, "-c", TOGETHER], check=True, timeout=120)
+
+
 WITHOUT = """
 import sys
 sys.modules["numba"] = None

@@ -9,7 +9,6 @@ the last bit either way; sums differ by the order in which they are added.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,10 +41,8 @@ def used(wanted: bool) -> Iterator[None]:
 
 def loops(module: str) -> ModuleType | None:
     """Return one of the modules above where this thread uses compiled loops."""
-    if not _used.get():
-        return None
-    name = f"{__name__}.{module}"
-    return sys.modules.get(name) or import_module(name)
+    # `sys.modules` would be faster, and has what another thread is only half through.
+    return import_module(f"{__name__}.{module}") if _used.get() else None
 
 
 def _can_be_had() -> bool:
