@@ -154,8 +154,9 @@ class Rounding(NamedTuple):
     stored for it, were it rounded to nearest under the stored scales: no error is over half of it. It is infinite for a
     code at the end of a range that may clip. None where codes are not chosen one by one (GPTQ), or not known.
 
-    `levels(largest)` says how blocks of `size` values of a row are rounded to a codebook, given the largest magnitude
-    of each, float32 `[blocks, 1]`: for a loop that does it on the way. None for all else.
+    `levels(largest)` says how blocks of `rows` rows and `size` columns are rounded, given the largest magnitude of
+    each, float32 `[blocks, 1]`: for a loop that does it on the way. None where more must be known than that. A `size`
+    of 0 is all that is rounded at once.
     """
 
     nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]
@@ -167,22 +168,41 @@ class Rounding(NamedTuple):
     size: int = 1
 
 
+class Integers(NamedTuple):
+    """Integers from `low` to `high`; a half goes to the even one."""
+
+    low: float
+    high: float
+
+
+class Floats(NamedTuple):
+    """Floats up to `top` with so many bits of mantissa, subnormal below 2**least; a half goes to the even one."""
+
+    top: float
+    mantissa: int
+    least: int
+    dtype: str
+
+
 class Levels(NamedTuple):
-    """How blocks are rounded to a codebook: w becomes `scale * table[(w * step + entries / 2)]`, cut to the table.
+    """How blocks are rounded: w becomes `scale` times the one of `among` that is nearest to `w * step`.
+
+    A table has the level nearest to each place of its range: w becomes `scale * among[w * step + entries / 2]`.
 
     steps, scales  # (blocks, 1) float32
-    table          # (entries,) float32, an odd number: the level nearest to each place of its range
+    among          # (entries,) float32, an odd number, where it is a table
     """
 
     steps: torch.Tensor
     scales: torch.Tensor
-    table: torch.Tensor
+    among: torch.Tensor | Integers | Floats
 
 
 class Coded(NamedTuple):
     """Rows of values as codes, for a loop that decodes and compares at once; a `Coder` gives None where it cannot.
 
-    Value i of a row is `table[code i] * scales[row, i // size]`, in float32. Rows lie one behind the other.
+    Value i of a row is `table[code i] * scales[row, i // size] * factor`, in float32 and in this order. Rows lie one
+    behind the other.
 
     codes   # (rows * columns / width,) uint8, each of `width` values, in their order; or numbers of one byte
     table   # (256, width) float32
@@ -193,6 +213,7 @@ class Coded(NamedTuple):
     table: torch.Tensor
     scales: torch.Tensor
     size: int
+    factor: float = 1.0
 
 
 class LogicalTensor(NamedTuple):

@@ -255,7 +255,7 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
     largest = _largest(reference, device) if rounding is not None and rounding.whole else None
     exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
     for low, high in _strips(slab, tensor, reference):
-        at_once = _at_once(slab, tensor, reference, low, high)
+        at_once = _at_once(slab, tensor, reference, low, high, largest)
         if at_once is not None:
             yield low, at_once
             continue
@@ -270,11 +270,13 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
             yield start, found._replace(extremes=extremes)
 
 
-def _at_once(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, start: int, stop: int) -> window.Rows | None:
+def _at_once(
+    slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, start: int, stop: int, largest: float | None
+) -> window.Rows | None:
     """What a window has where one loop decodes and compares it; None where that cannot be, or values look weak."""
     coder, rounding = CODERS.get(tensor.decoder), tensor.rounding
     rounded = rounding if _is_turn(slab, tensor, start) else None
-    cannot_round = rounded is not None and (rounded.levels is None or tensor.columns % rounded.size)
+    cannot_round = rounded is not None and (rounded.levels is None or tensor.columns % (rounded.size or 1))
     if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift or slab.in_steps or cannot_round:
         return None
     coded = coder(tensor, start, stop, slab.device)
@@ -283,7 +285,8 @@ def _at_once(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, start:
     as_stored = reference.decoder is plain.decode and reference.stored.dtype == "BF16" and not reference.shift
     rows = packing.stored_rows if as_stored and not reference.paired_rows else LogicalTensor.decode
     wanted = rows(reference, start, stop, slab.device)
-    found = window.measure_coded(coded, wanted, rounded, block=tensor.block or window.SHORT, first=start)
+    block = tensor.block or window.SHORT
+    found = window.measure_coded(coded, wanted, rounded, largest, block=block, first=start)
     return None if found is None or (found.weak and rounded is not rounding) else found
 
 

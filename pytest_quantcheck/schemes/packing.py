@@ -217,7 +217,8 @@ def expand(coded: Coded, columns: int = -1) -> torch.Tensor:
 
     packed = coded.codes.dtype == torch.uint8
     values = look_up(coded.codes, coded.table) if packed else as_float32(coded.codes)
-    return scale_groups(values.view(len(coded.scales), columns), coded.scales, coded.size)
+    values = scale_groups(values.view(len(coded.scales), columns), coded.scales, coded.size)
+    return values if coded.factor == 1.0 else values.mul_(coded.factor)
 
 
 def byte_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
