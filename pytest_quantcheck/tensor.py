@@ -155,8 +155,8 @@ class Rounding(NamedTuple):
     code at the end of a range that may clip. None where codes are not chosen one by one (GPTQ), or not known.
 
     `levels(largest)` says how blocks of `rows` rows and `size` columns are rounded, given the largest magnitude of
-    each, float32 `[blocks, 1]`: for a loop that does it on the way. None where more must be known than that. A `size`
-    of 0 is all that is rounded at once.
+    each, float32 `[blocks, 1]`: for a loop that does it on the way. The last block of a row may be shorter. A `size`
+    of 0 is all that is rounded at once. None where more must be known, or blocks run on across rows.
     """
 
     nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]

@@ -276,7 +276,7 @@ def _at_once(
     """What a window has where one loop decodes and compares it; None where that cannot be, or values look weak."""
     coder, rounding = CODERS.get(tensor.decoder), tensor.rounding
     rounded = rounding if _is_turn(slab, tensor, start) else None
-    cannot_round = rounded is not None and (rounded.levels is None or tensor.columns % (rounded.size or 1))
+    cannot_round = rounded is not None and rounded.levels is None
     if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift or slab.in_steps or cannot_round:
         return None
     coded = coder(tensor, start, stop, slab.device)
@@ -363,8 +363,14 @@ def _largest(reference: LogicalTensor, device: str) -> float:
     found = 0.0
     for start, stop in reference.windows(WINDOW):
         values = reference.decode(start, stop, device)
-        found = max(found, float(values.abs().max())) if values.numel() else found
+        found = max(found, float(_magnitude(values))) if values.numel() else found
     return found
+
+
+def _magnitude(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of a window."""
+    loops = compiled.loops("windows")
+    return values.abs().max() if loops is None else loops.largest_of_blocks(values.reshape(1, -1))
 
 
 def _fidelity(tensor: LogicalTensor, parts: list[Measured]) -> Fidelity:

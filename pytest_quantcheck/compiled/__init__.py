@@ -1,6 +1,6 @@
 """Whether inner loops run in machine code that numba compiled, or as passes of torch over each window.
 
-    windows  what every comparison does: codes to values, sums, rounding to a codebook
+    windows  what every comparison does: codes to values, sums, rounding to nearest
 
 A fused loop reads a window once, where torch reads it anew for each sum. Importing numba takes half a second, and
 compiling several more where nothing is cached yet: that is for large models on a CPU. Decoded values are the same to

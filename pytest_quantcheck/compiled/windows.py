@@ -44,8 +44,8 @@ def compare_coded(
 ) -> tuple[Sums, Sums | None, int, int]:
     """Return the same of codes, decoded on the way, and how many zeros there are on either side.
 
-    `rounding` is tried on the reference on the way too: its `levels` must be known, and rows be full blocks of it.
-    `whole` is the largest magnitude where that is of the whole tensor.
+    `rounding` is tried on the reference on the way too: its `levels` must be known. `whole` is the largest magnitude
+    where that is of the whole tensor.
 
     reference  # (rows, columns) float32, or bfloat16 as it is stored
     """
@@ -92,7 +92,7 @@ def _rounded(
         return _NONE[1].numpy(), _NONE[1].numpy(), _among(Integers(0, 0)), (0, 0)
     rows, columns = words.shape
     height, width = (rounding.rows, rounding.size) if rounding.size else (rows, columns)
-    found = torch.full((-(-rows // height), columns // width), whole or 0.0)
+    found = torch.full((-(-rows // height), -(-columns // width)), whole or 0.0)
     if whole is None:
         _largest_of_blocks(words.numpy(), shift, height, width, found.view(torch.int32).numpy())
     levels = rounding.levels(found.view(-1, 1))

@@ -76,7 +76,8 @@ def grouped(round_: Round, size: int, *, margin_db: float = 1.5, steps: Steps | 
 def flat(round_: Round, size: int, columns: int, *, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `size` values that run on across rows."""
     rows = size // math.gcd(max(1, columns), size)
-    return Rounding(partial(_flat, round_=round_, size=size), rows, steps=steps, levels=_levels_of(round_), size=size)
+    levels = None if columns % size else _levels_of(round_)
+    return Rounding(partial(_flat, round_=round_, size=size), rows, steps=steps, levels=levels, size=size)
 
 
 @lru_cache
