@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_quantcheck.artifact import Artifact, Subject, inspect
 from pytest_quantcheck.checks import coverage, integrity, params, same_weights, size
 from pytest_quantcheck.checks.verdict import Verdict
+from pytest_quantcheck.containers import onnx
 from pytest_quantcheck.errors import FormatError
 
 if TYPE_CHECKING:
@@ -209,22 +210,22 @@ def assert_same_weights(one: Subject, other: Subject, *, skip: Sequence[str] = (
     _require(same_weights.check_same_weights(inspect(one), inspect(other), skip=skip))
 
 
-def assert_kernel_parity(
-    model: torch.nn.Module, reference: Subject | None = None, *, skip: Sequence[str] = ()
-) -> Parities:
+def assert_kernel_parity(model: Subject, reference: Subject | None = None, *, skip: Sequence[str] = ()) -> Parities:
     """Fail unless the library decodes every quantized layer to the values that are stored; return the comparison.
 
     The library's own dequantize runs on the device where the layer is, against our decode of the same bytes, within
-    four roundings of its precision. With a `reference`, both are measured against it too. `skip` are patterns of
+    four roundings of its precision. Of the path of an ONNX model, each node that takes an encoded weight runs alone in
+    onnxruntime, on the CPU. With a `reference`, both are measured against it too. `skip` are patterns of
     tensors that no library decodes. The message names layer, library, version, device and blocks, and where it can
     gives a script that shows the difference.
     """
     __tracebackhide__ = True
     require_torch("assert_kernel_parity decodes values")
-    from pytest_quantcheck.checks import kernel_parity
+    from pytest_quantcheck.checks import kernel_parity, kernels, onnx_kernels
 
-    artifact = _live(model, "assert_kernel_parity")
-    parities = kernel_parity.compare(model, artifact, None if reference is None else inspect(reference), skip=skip)
+    artifact = inspect(model) if _is_onnx(model) else _live(model, "assert_kernel_parity")
+    layers = onnx_kernels.layers(artifact) if artifact.container == "onnx" else kernels.layers(model, artifact)
+    parities = kernel_parity.compare(layers, artifact, None if reference is None else inspect(reference), skip=skip)
     _require(kernel_parity.check_kernel_parity(parities))
     return parities
 
@@ -314,7 +315,14 @@ def require_torch(what: str) -> None:
         raise ImportError(f"{what} and needs torch: pip install pytest-quantcheck[torch]")
 
 
-def _live(model: torch.nn.Module, what: str) -> Artifact:
+def _is_onnx(subject: Subject) -> bool:
+    """Whether it is an ONNX model, whose nodes onnxruntime can run from the file."""
+    if isinstance(subject, Artifact):
+        return subject.container == "onnx"
+    return isinstance(subject, str | os.PathLike) and onnx.accepts(os.fspath(subject))
+
+
+def _live(model: Subject, what: str) -> Artifact:
     """The artifact of a live model; a path has nothing that could be run."""
     if not hasattr(model, "named_modules"):
         raise TypeError(f"{what} runs the library, so it needs a live torch.nn.Module, not `{type(model).__name__}`")

@@ -7,9 +7,9 @@ A container yields `StoredTensor`s and never interprets numbers. A scheme turns 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from pytest_quantcheck import dtypes
 from pytest_quantcheck.errors import FormatError, NotDecodable
@@ -48,6 +48,14 @@ class Source(Protocol):
 
     def load(self, stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
         """Return elements `start` up to `stop` of a stored tensor, flat, in its torch dtype, on `device`."""
+
+
+@runtime_checkable
+class SourceOfPieces(Protocol):
+    """A source that loads many small pieces faster at once than one by one."""
+
+    def load_each(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], device: str) -> torch.Tensor:
+        """Return the elements of some ranges of a stored tensor, one behind the other."""
 
 
 class StoredTensor(NamedTuple):
@@ -95,6 +103,14 @@ class StoredTensor(NamedTuple):
     def load(self, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
         """Return stored elements `start` up to `stop` as a flat tensor of the stored dtype on `device`."""
         return self.source.load(self, start, self.elements if stop is None else stop, device)
+
+    def load_each(self, ranges: Sequence[tuple[int, int]], device: str = "cpu") -> torch.Tensor:
+        """Return the stored elements of some ranges, one behind the other."""
+        import torch
+
+        if isinstance(self.source, SourceOfPieces):
+            return self.source.load_each(self, ranges, device)
+        return torch.cat([self.load(start, stop, device) for start, stop in ranges])
 
     def load_bytes(self, start: int = 0, stop: int | None = None, device: str = "cpu") -> torch.Tensor:
         """Return bytes `start` up to `stop` as a flat uint8 tensor on `device`, whatever dtype they are stored in."""
@@ -201,19 +217,28 @@ class Levels(NamedTuple):
 class Coded(NamedTuple):
     """Rows of values as codes, for a loop that decodes and compares at once; a `Coder` gives None where it cannot.
 
-    Value i of a row is `table[code i] * scales[row, i // size] * factor`, in float32 and in this order. Rows lie one
-    behind the other.
+    Value i of a row is `((table[code i] - zeros[row, g]) * scales[row, g] + shifts[row, g]) * factor`, where g is
+    i // size, in float32, each operation rounded; None is left out. Rows lie one behind the other.
 
-    codes   # (rows * columns / width,) uint8, each of `width` values, in their order; or numbers of one byte
-    table   # (256, width) float32
-    scales  # (rows, ceil(columns / size)) float32
+    codes                  # (rows * columns / width,) uint8, each of `width` values, in their order
+    table                  # (256, width) float32; None: the codes are the numbers, int8, uint8 or floats of one byte
+    scales, zeros, shifts  # (rows, ceil(columns / size)) float32
     """
 
     codes: torch.Tensor
-    table: torch.Tensor
+    table: torch.Tensor | None
     scales: torch.Tensor
     size: int
+    zeros: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
     factor: float = 1.0
+
+    def rows(self, start: int, stop: int) -> Coded:
+        """Return some of the rows, each of whole codes."""
+        width, cut = len(self.codes) // max(1, len(self.scales)), slice(start, stop)
+        zeros, shifts = (None if factors is None else factors[cut] for factors in (self.zeros, self.shifts))
+        codes = self.codes[start * width : stop * width]
+        return self._replace(codes=codes, scales=self.scales[cut], zeros=zeros, shifts=shifts)
 
 
 class LogicalTensor(NamedTuple):

@@ -106,6 +106,7 @@ CODED = [
     "torchao-nvfp4-experts",
     "torchao-mxfp4",
     "torchao-mxfp8-e5m2-swizzled",
+    "torchao-mxfp6-e3m2",
     "onnx-bnb-fp4",
     "mxfp8-e8m0",
     "ct-int8-channel",

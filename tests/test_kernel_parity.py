@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -12,10 +13,11 @@ from bitsandbytes import functional
 from torch import nn
 
 from pytest_quantcheck import assert_kernel_parity, inspect
-from pytest_quantcheck.checks import kernel_parity, kernels
+from pytest_quantcheck.checks import kernel_parity, kernels, onnx_kernels
 from tests import models
+from tests.cases import all_cases, compressed_tensors, gemma, hqq, quanto, torch_ao, torchao
 from tests.cases import bnb as bnb_cases
-from tests.cases import compressed_tensors, gemma, hqq, quanto, torch_ao, torchao
+from tests.cases import onnx as onnx_cases
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 
@@ -107,6 +109,38 @@ def test_every_library_decodes_what_is_stored(case):
         return
     parities = assert_kernel_parity(made.live)
     assert parities.layers
+
+
+ONNX = [case for case in all_cases() if case.scheme.startswith("onnx-")]
+# Operators whose weight no input of the node alone gives back.
+NOT_ALONE = "integer|dynamic-quantize|qgemm|experts|linear|attention|fused|float8-blocks|fpq4|convolution"
+
+
+@pytest.mark.parametrize("case", ONNX, ids=[case.id for case in ONNX])
+def test_onnxruntime_decodes_what_is_stored(case, tmp_path):
+    path = case.make().write(tmp_path)
+    refused = "no library is known to decode it" if re.search(NOT_ALONE, case.id) else None
+    refused = "does not run it: .* NOT_IMPLEMENTED" if "float4" in case.id else refused
+    if refused:
+        with pytest.raises(AssertionError, match=refused):
+            assert_kernel_parity(path)
+        return
+    (row,) = assert_kernel_parity(path).layers
+    assert row.sqnr_db > 70
+    assert (row.library, row.shape) == ("onnxruntime", case.shape)
+
+
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_products_of_any_accuracy_level_are_told_from_wrong_codes(level, tmp_path):
+    """Level 4 rounds inputs to 8 bits, which the identity survives."""
+    made = onnx_cases.nbits_node(4, 32, 96, accuracy_level=level)()
+    path = made.write(tmp_path)
+    assert_kernel_parity(path)
+    (tensor,) = inspect(path).parameters
+    wrong = tensor._replace(decoder=lambda *_: tensor.decoder(*_) * 1.001)
+    artifact = replace(inspect(path), tensors=(wrong,))
+    found = kernel_parity.compare(onnx_kernels.layers(artifact), artifact)
+    assert "15 of 15 blocks of 32 differ, the first at row 0" in str(kernel_parity.check_kernel_parity(found))
 
 
 @pytest.mark.parametrize("quantization", [models.NF4, models.INT8], ids=["nf4", "int8"])

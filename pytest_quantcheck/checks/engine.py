@@ -26,7 +26,7 @@ from pytest_quantcheck.checks.shards import cuts, pieces
 from pytest_quantcheck.containers import files
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.schemes import CODERS, packing, plain
-from pytest_quantcheck.tensor import LogicalTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor
 
 if TYPE_CHECKING:
     import torch
@@ -255,11 +255,12 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
     largest = _largest(reference, device) if rounding is not None and rounding.whole else None
     exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
     for low, high in _strips(slab, tensor, reference):
-        at_once = _at_once(slab, tensor, reference, low, high, largest)
-        if at_once is not None:
-            yield low, at_once
-            continue
-        for start, decoded, wanted in _decoded(slab, tensor, reference, low, high):
+        for start, ours, theirs in _sides(slab, tensor, reference, low, high):
+            at_once = _at_once(slab, tensor, ours, theirs, start, largest)
+            if at_once is not None:
+                yield start, at_once
+                continue
+            decoded, wanted = packing.expand(ours) if isinstance(ours, Coded) else ours, theirs.float()
             changed = _changed(tensor, decoded, wanted) if exact else 0
             found = _rounded_against(slab, tensor, decoded, wanted, largest, start)
             extremes = found.extremes._replace(changed=changed)
@@ -271,22 +272,21 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
 
 
 def _at_once(
-    slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, start: int, stop: int, largest: float | None
+    slab: Slab,
+    tensor: LogicalTensor,
+    ours: Coded | torch.Tensor,
+    theirs: torch.Tensor,
+    start: int,
+    largest: float | None,
 ) -> window.Rows | None:
     """What a window has where one loop decodes and compares it; None where that cannot be, or values look weak."""
-    coder, rounding = CODERS.get(tensor.decoder), tensor.rounding
+    rounding = tensor.rounding
     rounded = rounding if _is_turn(slab, tensor, start) else None
     cannot_round = rounded is not None and rounded.levels is None
-    if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift or slab.in_steps or cannot_round:
+    if not isinstance(ours, Coded) or slab.in_steps or cannot_round:
         return None
-    coded = coder(tensor, start, stop, slab.device)
-    if coded is None:
-        return None
-    as_stored = reference.decoder is plain.decode and reference.stored.dtype == "BF16" and not reference.shift
-    rows = packing.stored_rows if as_stored and not reference.paired_rows else LogicalTensor.decode
-    wanted = rows(reference, start, stop, slab.device)
     block = tensor.block or window.SHORT
-    found = window.measure_coded(coded, wanted, rounded, largest, block=block, first=start)
+    found = window.measure_coded(ours, theirs, rounded, largest, block=block, first=start)
     return None if found is None or (found.weak and rounded is not rounding) else found
 
 
@@ -340,14 +340,29 @@ def _strips(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor) -> Iter
         yield low, min(low + strip, slab.stop)
 
 
-def _decoded(
+def _sides(
     slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, low: int, high: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield the first row of each window and both sides of it."""
-    ours, theirs = (one.decode(low, high, slab.device) for one in (tensor, reference))
-    for start in range(0, high - low, slab.step):
-        stop = start + slab.step
-        yield low + start, ours[start:stop], theirs[start:stop]
+) -> Iterator[tuple[int, Coded | torch.Tensor, torch.Tensor]]:
+    """Yield the first row of each window and both sides of it, codes and bfloat16 as stored where loops take them."""
+    coded = _codes(slab, tensor, low, high)
+    ours = tensor.decode(low, high, slab.device) if coded is None else None
+    theirs = reference.decode(low, high, slab.device) if coded is None or views.is_turned(reference) else None
+    as_stored = reference.decoder is plain.decode and reference.stored.dtype == "BF16" and not reference.shift
+    rows = packing.stored_rows if as_stored and not reference.paired_rows else LogicalTensor.decode
+    for start in range(low, high, slab.step):
+        stop = min(start + slab.step, high)
+        wanted = rows(reference, start, stop, slab.device) if theirs is None else theirs[start - low : stop - low]
+        if coded is not None:
+            yield start, coded.rows(start - low, stop - low), wanted
+        elif ours is not None:
+            yield start, ours[start - low : stop - low], wanted
+
+
+def _codes(slab: Slab, tensor: LogicalTensor, start: int, stop: int) -> Coded | None:
+    coder = CODERS.get(tensor.decoder)
+    if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift:
+        return None
+    return coder(tensor, start, stop, slab.device)
 
 
 def _lies_across(tensor: LogicalTensor) -> bool:

@@ -12,8 +12,8 @@ compute what was stored. Every quantized layer has to be compared, or to be left
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks import kernels
@@ -69,8 +69,10 @@ class Parities(NamedTuple):
     failures: tuple[tuple[str, str], ...]
 
 
-def compare(model: Any, artifact: Artifact, reference: Artifact | None = None, *, skip: Sequence[str] = ()) -> Parities:
-    """Compare every quantized layer of a live model that no pattern of `skip` matches."""
+def compare(
+    layers: Iterable[Layer], artifact: Artifact, reference: Artifact | None = None, *, skip: Sequence[str] = ()
+) -> Parities:
+    """Compare every quantized layer of an artifact that no pattern of `skip` matches; `layers` are those known."""
     wanted = {
         tensor.name: tensor
         for tensor in artifact.tensors
@@ -78,7 +80,7 @@ def compare(model: Any, artifact: Artifact, reference: Artifact | None = None, *
     }
     pairing = None if reference is None else pair(artifact, reference)
     rows, failures = [], []
-    for layer in kernels.layers(model, artifact):
+    for layer in layers:
         if wanted.pop(layer.tensor.name, None) is None:
             continue
         try:

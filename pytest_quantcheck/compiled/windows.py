@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # of rows, signal and noise of blocks, the largest error
 
+Factors = tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]  # zero points, scales, shifts; what multiplies all
 Among = tuple[np.ndarray, np.float32, np.float32, np.int32, np.int32]  # of levels: a table; low, high; finer, least
 
 STRETCH = 1024  # values that stay in the innermost cache
@@ -52,17 +53,15 @@ def compare_coded(
     narrow = reference.dtype == torch.bfloat16
     words = reference.contiguous().view(torch.int16 if narrow else torch.int32)
     shift = 16 if narrow else 0
-    table = coded.table.contiguous()
-    table = table.view(torch.float64) if table.shape[1] == 2 else table  # two values travel as one of twice the width
+    table = _table(coded)
     ours, theirs = torch.empty(STRETCH), torch.empty(STRETCH)
     sums, blocks = _empty_sums(reference, block)
     rounded_sums, rounded_blocks = _empty_sums(reference, block) if rounding else _NONE
     largest, zeros, reference_zeros = _coded(
-        coded.codes.view(torch.uint8).numpy(),
-        table.view(-1).numpy(),
-        coded.scales.contiguous().numpy(),
+        _codes(coded),
+        table.numpy(),
+        _factors(coded),
         coded.size,
-        np.float32(coded.factor),
         words.numpy(),
         shift,
         block,
@@ -82,6 +81,41 @@ def _empty_sums(reference: torch.Tensor, block: int) -> tuple[torch.Tensor, torc
 
 
 _NONE = torch.zeros((5, 0), dtype=torch.float64), torch.zeros((2, 0))
+
+
+def decode(coded: Coded) -> torch.Tensor:
+    """Return the values of codes, as `packing.expand` does."""
+    table, rows = _table(coded), len(coded.scales)
+    values = torch.empty((rows, coded.codes.numel() * table.itemsize // 4 // max(1, rows)))
+    entries = values.view(-1).view(table.dtype)
+    _decode(_codes(coded), table.numpy(), _factors(coded), coded.size, (values.numpy(), entries.numpy()))
+    return values
+
+
+def _table(coded: Coded) -> torch.Tensor:
+    """The entries of a table, two values as one of twice the width; none where codes are integers."""
+    if coded.table is None:
+        return _values_of_bytes(coded.codes.dtype) if coded.codes.is_floating_point() else torch.empty(0)
+    table = coded.table.contiguous()
+    return (table.view(torch.float64) if table.shape[1] == 2 else table).view(-1)
+
+
+def _values_of_bytes(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
+
+
+def _codes(coded: Coded) -> np.ndarray:
+    codes = coded.codes.view(torch.uint8) if coded.codes.is_floating_point() else coded.codes
+    return codes.numpy()
+
+
+def _factors(coded: Coded) -> Factors:
+    """Zero points, scales and shifts, without columns where there are none; and what multiplies all."""
+    zeros, scales, shifts = (
+        _NONE[1].numpy() if factors is None else factors.contiguous().numpy()
+        for factors in (coded.zeros, coded.scales, coded.shifts)
+    )
+    return zeros, scales, shifts, np.float32(coded.factor)
 
 
 def _rounded(
@@ -108,6 +142,17 @@ def _among(levels: torch.Tensor | Integers | Floats) -> Among:
         top, exponent = np.float32(levels.top), np.float32(2.0**levels.least).view(np.int32)
         return nothing, -top, top, np.int32(MANTISSA - levels.mantissa << MANTISSA), exponent
     return levels.numpy(), none, none, zero, zero
+
+
+def small_floats(values: torch.Tensor) -> torch.Tensor:
+    """Return floats of one byte as float32.
+
+    ->  # as `values`
+    """
+    found = torch.empty(values.shape)
+    entries = _values_of_bytes(values.dtype).numpy()
+    _look_up(values.contiguous().view(-1).view(torch.uint8).numpy(), entries, found.view(-1).numpy())
+    return found
 
 
 def count_zeros(values: torch.Tensor) -> int:
@@ -181,9 +226,8 @@ def _compare(values: np.ndarray, reference: np.ndarray, block: int, sums: np.nda
 def _coded(
     codes: np.ndarray,
     table: np.ndarray,
-    scales: np.ndarray,
+    factors: Factors,
     size: int,
-    factor: np.float32,
     reference: np.ndarray,
     shift: int,
     block: int,
@@ -201,6 +245,7 @@ def _coded(
     width = len(ours[0]) // len(ours[1])
     entries = np.empty(STRETCH, np.uint32)
     height, wide = blocks
+    nothing, one = np.empty((0, 0), np.float32), np.float32(1)
     for row in range(rows):
         for start in range(0, columns, STRETCH):
             stop = min(start + STRETCH, columns)
@@ -208,20 +253,54 @@ def _coded(
             _look_up(codes[first // width : (first + stop - start) // width], table, ours[1])
             values, wanted = ours[0][: stop - start], theirs[0][: stop - start]
             _widen(reference[row, start:stop], shift, theirs[1])
-            _multiply_blocks(values, scales[row], start, size)
-            if factor != 1:
-                _multiply(values, factor)
+            _place(values, row, start, size, factors)
             _add_up(values, wanted, row, first, block, *found)
             largest = max(largest, _largest(values, wanted))
             zeros += int(_few_zeros(values))
             reference_zeros += int(_few_zeros(wanted))
             if wide:  # in the place of the decoded values
                 _copy(wanted, values)
-                _multiply_blocks(values, steps[row // height], start, wide)
+                _place(values, row // height, start, wide, (nothing, steps, nothing, one))
                 _nearest(values, levels, entries)
-                _multiply_blocks(values, kept[row // height], start, wide)
+                _place(values, row // height, start, wide, (nothing, kept, nothing, one))
                 _add_up(values, wanted, row, first, block, *rounded)
     return largest, zeros, reference_zeros
+
+
+@machine_code
+def _decode(
+    codes: np.ndarray,
+    table: np.ndarray,
+    factors: Factors,
+    size: int,
+    values: tuple[np.ndarray, np.ndarray],
+) -> None:
+    found, entries = values
+    rows, columns = found.shape
+    width = found.size // max(1, len(entries))
+    for row in range(rows):
+        for start in range(0, columns, STRETCH):
+            stop = min(start + STRETCH, columns)
+            first, last = (row * columns + start) // width, (row * columns + stop) // width
+            _look_up(codes[first:last], table, entries[first:last])
+            _place(found[row, start:stop], row, start, size, factors)
+
+
+@machine_code
+def _place(values: np.ndarray, row: int, start: int, size: int, factors: Factors) -> None:
+    zeros, scales, shifts, factor = factors
+    group = start // size
+    until = (group + 1) * size - start
+    at = 0
+    while at < len(values):
+        if zeros.size:
+            _add(values[at:until], -zeros[row, group])
+        _multiply(values[at:until], scales[row, group])
+        if shifts.size:
+            _add(values[at:until], shifts[row, group])
+        at, until, group = until, until + size, group + 1
+    if factor != 1:
+        _multiply(values, factor)
 
 
 @adding
@@ -293,6 +372,10 @@ def _few_zeros(values: np.ndarray) -> np.int32:
 
 @machine_code
 def _look_up(codes: np.ndarray, table: np.ndarray, found: np.ndarray) -> None:
+    if not len(table):
+        for at in range(len(codes)):
+            found[at] = np.float32(codes[at])
+        return
     for at in range(len(codes)):
         found[at] = table[codes[at]]
 
@@ -311,13 +394,9 @@ def _scale(values: np.ndarray, scales: np.ndarray, size: int) -> None:
 
 
 @machine_code
-def _multiply_blocks(values: np.ndarray, factors: np.ndarray, start: int, size: int) -> None:
-    block = start // size
-    until = (block + 1) * size - start
-    at = 0
-    while at < len(values):
-        _multiply(values[at:until], factors[block])
-        at, until, block = until, until + size, block + 1
+def _add(values: np.ndarray, term: float) -> None:
+    for at in range(len(values)):
+        values[at] += term
 
 
 @machine_code

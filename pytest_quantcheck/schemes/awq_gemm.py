@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +99,11 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
+    return packing.expand(coded(tensor, start, stop, device)).view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
     layout = tensor.layout
@@ -109,23 +114,27 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if layout.interleaved is None:
         what = f"{layout.bits}-bit codes may be interleaved or not, and no config says which"
         raise NotDecodable(what, tensor=tensor.name)
-    codes = _unpack(tensor.stored, layout, start, stop, device)  # (K, rows)
-    zeros = _unpack(tensor.part("qzeros"), layout, start, stop, device)  # (G, rows)
-    scales = packing.load_columns(tensor.part("scales"), start, stop, device).to(torch.float32)  # (G, rows)
-    groups = codes.view(len(zeros), layout.group_size, stop - start)
-    values = (groups - zeros.unsqueeze(1)).to(torch.float32).mul_(scales.unsqueeze(1))
-    return values.view(tensor.columns, stop - start).t().contiguous()
+    codes = _rows(tensor.stored, layout, start, stop, device)  # (rows, K)
+    zeros = _rows(tensor.part("qzeros"), layout, start, stop, device).to(torch.float32)  # (rows, G)
+    scales = packing.load_columns(tensor.part("scales"), start, stop, device).t().to(torch.float32)  # (rows, G)
+    return Coded(codes.reshape(-1), None, scales.contiguous(), layout.group_size, zeros)
 
 
-def _unpack(stored: StoredTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
-    """The codes of outputs `start` up to `stop`; whole words of 32 codes are read around them."""
+def _rows(stored: StoredTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
+    """The codes of outputs `start` up to `stop` as uint8; whole words of 32 codes are read around them."""
+    import torch
+
     first = start // 32 * 32
     low, high = first * layout.bits // 32, min(-(-stop // 32) * layout.bits, stored.shape[1])
-    words = packing.load_columns(stored, low, max(low, high), device)
+    words = packing.load_columns(stored, low, max(low, high), device)  # (K, words)
+    if 32 % layout.bits == 0:
+        order = FROM_STREAM if layout.interleaved else range(32 // layout.bits)
+        codes = packing.fields(packing.turned(words), layout.bits, order)
+        return codes[start - first : stop - first]
     codes = packing.unpack_words(words, layout.bits, words.shape[1] * 32 // layout.bits)
     if layout.interleaved:
         codes = codes.view(len(codes), codes.shape[1] // 8, 8)[:, :, list(FROM_STREAM)].flatten(1)
-    return codes[:, start - first : stop - first]
+    return codes[:, start - first : stop - first].t().to(torch.uint8).contiguous()
 
 
 def _shape(parts: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
@@ -205,6 +214,7 @@ SCHEME = Scheme(
     live={":qweight": buffer_linear.expose},
     refuse=refuse,
     alternatives=alternatives,
+    coders={decode: coded},
     source="AutoAWQ 0.2.9, awq/utils/packing_utils.py; GPTQModel 7.6.0, quantization/awq/utils/packing_utils.py",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",
 )

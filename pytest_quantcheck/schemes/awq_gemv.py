@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_quantcheck.schemes import awq_groups, buffer_linear, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +77,20 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
+    return packing.expand(coded(tensor, start, stop, device)).view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
     layout = tensor.layout
     assert isinstance(layout, Layout)
-    codes = packing.unpack_words(_rows(tensor.stored, start, stop, device), 4, tensor.columns)  # (rows, K)
-    groups = torch.arange(tensor.columns, device=device) // layout.group_size  # (K,)
-    scales = _rows(tensor.part("scales"), start, stop, device).to(torch.float32)  # (rows, 8*Z)
-    zeros = packing.unpack_words(_rows(tensor.part("qzeros"), start, stop, device), 4, scales.shape[1])
-    return (codes - zeros[:, groups]).to(torch.float32).mul_(scales[:, groups])
+    codes, table = packing.integers(_rows(tensor.stored, start, stop, device), 4, tensor.columns)
+    groups = -(-tensor.columns // layout.group_size)
+    scales = _rows(tensor.part("scales"), start, stop, device)[:, :groups].to(torch.float32)
+    zeros = packing.unpack_words(_rows(tensor.part("qzeros"), start, stop, device), 4, groups).to(torch.float32)
+    return Coded(codes, table, scales, layout.group_size, zeros)
 
 
 def _rows(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -117,6 +122,7 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("qweight",),
     methods=METHODS,
+    coders={decode: coded},
     source="AutoAWQ 0.2.9, awq/modules/linear/gemv.py; GPTQModel 7.6.0, nn_modules/qlinear/gemv_awq.py",
     verified="AutoAWQ 0.2.9, GPTQModel 7.6.0 (packers; their kernels need a GPU)",
 )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import awq_groups, buffer_linear, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -81,21 +81,39 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
+    return packing.expand(coded(tensor, start, stop, device)).view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
     layout = tensor.layout
     assert isinstance(layout, Layout)
+    codes = _ordered(tensor, start, stop, device)
+    table = packing.nibble_pairs(torch.arange(16, dtype=torch.float32, device=device), high_first=False)
+    groups = -(-tensor.columns // layout.group_size)
+    scales, zeros = (
+        packing.load_columns(tensor.part(part), start, stop, device)[:groups].t().to(torch.float32).contiguous()
+        for part in ("scales", layout.zeros)
+    )  # (rows, groups)
+    return Coded(codes, table, scales, layout.group_size, shifts=zeros)
+
+
+def _ordered(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
+    """The codes of some rows in order, two in a byte; neighbours lie four nibbles apart in one of four words.
+
+    ->  # (rows * K / 2,) uint8
+    """
+    import torch
+
     columns = tensor.columns
     low, high = start // 4, -(-stop // 4)
-    words = tensor.stored.load(low * columns, high * columns, device).view(high - low, columns)
-    codes = packing.unpack_words(words, 4, 4 * columns).view(high - low, columns // 64, 4, 64).transpose(1, 2)
-    codes = codes.reshape(4 * (high - low), columns)[start - 4 * low : stop - 4 * low]  # (rows, K)
-    codes = codes.reshape(stop - start, columns // 32, 4, 2, 4).transpose(3, 4)  # evens first, undone
-    codes = codes.reshape(stop - start, columns // 32, 4, 4, 2).transpose(2, 3).reshape(stop - start, columns)
-    groups = torch.arange(columns, device=device) // layout.group_size  # (K,)
-    scales = packing.load_columns(tensor.part("scales"), start, stop, device).to(torch.float32).t()  # (rows, 8*Z)
-    zeros = packing.load_columns(tensor.part(layout.zeros), start, stop, device).to(torch.float32).t()
-    return codes.to(torch.float32).mul_(scales[:, groups]).add_(zeros[:, groups])
+    runs = tensor.stored.load(low * columns, high * columns, device).view(torch.int32)
+    rows = runs.view(high - low, columns // 64, 4, 2, 4).transpose(1, 2)  # (fours, row, runs, half of a run, words)
+    words = rows.reshape(4 * (high - low), columns // 32, 4)[start - 4 * low : stop - 4 * low]
+    pairs = [((words >> shift) & 0x0F) | ((words >> (shift + 12)) & 0xF0) for shift in (0, 4, 8, 12)]
+    return torch.stack([pair.to(torch.uint8) for pair in pairs], dim=2).view(-1)
 
 
 def _shape(parts: Mapping[str, StoredTensor], zeros: str) -> tuple[int, int]:
@@ -130,6 +148,7 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("qweight",),
     methods=METHODS,
+    coders={decode: coded},
     source="AutoAWQ 0.2.9, awq/modules/linear/gemv_fast.py; GPTQModel 7.6.0, nn_modules/qlinear/gemv_fast_awq.py",
     verified="GPTQModel 7.6.0 (packer; its kernels need a GPU)",
 )

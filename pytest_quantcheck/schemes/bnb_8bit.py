@@ -73,9 +73,9 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
     """Return rows `start` up to `stop` as codes."""
     if not tensor.has("SCB"):
         raise NotDecodable("its parameter lost `SCB` and its module has none: the scale is gone", tensor=tensor.name)
-    codes = packing.byte_codes(tensor.stored, start * tensor.columns, stop * tensor.columns, device)
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
     scale = tensor.part("SCB").load(start, stop, device)  # (rows,)
-    return Coded(*codes, scale.view(-1, 1), tensor.columns, ONE_OVER_127)
+    return Coded(codes, None, scale.view(-1, 1), tensor.columns, factor=ONE_OVER_127)
 
 
 def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:

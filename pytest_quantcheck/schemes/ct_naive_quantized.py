@@ -132,8 +132,10 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | 
     assert isinstance(layout, Layout)
     if layout.grid is None or tensor.has("weight_zero_point") or tensor.has("weight_g_idx"):
         return None
-    codes = packing.byte_codes(tensor.stored, start * tensor.columns, stop * tensor.columns, device)
-    return Coded(*codes, _scales(tensor.part("weight_scale"), layout.grid, slice(start, stop), device), layout.width)
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    return Coded(
+        codes, None, _scales(tensor.part("weight_scale"), layout.grid, slice(start, stop), device), layout.width
+    )
 
 
 def _scales(stored: StoredTensor, grid: packing.Grid, rows: slice, device: str) -> torch.Tensor:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import config_groups, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -108,27 +108,48 @@ def _rounding(layout: Layout, scale: StoredTensor) -> Rounding | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    import torch
-
     layout = tensor.layout
     assert isinstance(layout, Layout)
+    groups = _scattered(tensor, layout, device)
+    found = _coded(tensor, layout, start, stop, device)
+    if groups is not None:
+        return packing.expand_scattered(found, groups)
+    return packing.expand(found).view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where groups are as they come."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    return _coded(tensor, layout, start, stop, device) if _scattered(tensor, layout, device) is None else None
+
+
+def _scattered(tensor: LogicalTensor, layout: Layout, device: str) -> torch.Tensor | None:
+    """The group of each column, where activation order scattered them."""
+    if not tensor.has("weight_g_idx"):
+        return None
+    groups = packing.group_index(tensor.part("weight_g_idx"), layout.grid.columns, device)
+    return None if groups is None or packing.in_order(groups, layout.group) else groups
+
+
+def _coded(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> Coded:
+    """Some rows as if their groups were as they come."""
+    import torch
+
     if not layout.bits or layout.dense is None:
         missing = "`version`, and words of either packing fit" if layout.bits else "`num_bits`"
         raise NotDecodable(f"the configuration does not say its {missing}", tensor=tensor.name)
-    row = 4 * tensor.stored.shape[-1]
-    raw = tensor.stored.load_bytes(start * row, stop * row, device).view(stop - start, row)
-    unpack = packing.row_codes if layout.dense else packing.word_codes
-    codes = unpack(raw, layout.bits, tensor.columns) - (1 << layout.bits - 1)
-    values = codes.to(torch.float32)  # (rows, K)
+    width, middle = tensor.stored.shape[-1], 1 << layout.bits - 1
+    words = tensor.stored.load(start * width, stop * width, device).view(stop - start, width)
+    if layout.dense:
+        codes, table = packing.integers(words, layout.bits, tensor.columns)
+    else:
+        codes = packing.word_codes(packing.as_bytes(words), layout.bits, tensor.columns).to(torch.uint8).reshape(-1)
+        table = None
     scales = packing.grid_rows(tensor.part("weight_scale"), layout.grid, slice(start, stop), device).to(torch.float32)
     zeros = _zeros(tensor, layout, start, stop, device)
-    scattered = tensor.has("weight_g_idx")
-    index = packing.group_index(tensor.part("weight_g_idx"), scales.shape[1], device) if scattered else None
-    if index is not None:
-        return values.sub_(zeros[:, index] if zeros is not None else 0).mul_(scales[:, index])
-    if zeros is not None:
-        packing.shift_groups(values, zeros, layout.group)
-    return packing.scale_groups(values, scales, layout.group)
+    zeros = torch.full_like(scales, middle) if zeros is None else zeros + middle
+    return Coded(codes, table, scales, layout.group, zeros)
 
 
 def _zeros(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor | None:
@@ -277,6 +298,7 @@ SCHEME = Scheme(
     anchors=("weight_packed",),
     methods=("compressed-tensors", "compressed_tensors"),
     live={"torch.Linear": expose, "torch.Embedding": expose},
+    coders={decode: coded},
     source="compressed-tensors 0.20.0, compressors/pack_quantized; 0.10.2 for the older packing",
     verified="compressed-tensors 0.20.0",
 )

@@ -96,9 +96,9 @@ def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
     """Return rows `start` up to `stop` of a linear layer as codes."""
     import torch
 
-    codes = packing.byte_codes(tensor.stored, start * tensor.columns, stop * tensor.columns, device)
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
     scales = tensor.part("weight_scale").load(start, stop, device).to(torch.float32)
-    return Coded(*codes, scales.view(-1, 1), tensor.columns)
+    return Coded(codes, None, scales.view(-1, 1), tensor.columns)
 
 
 def decode_experts(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:

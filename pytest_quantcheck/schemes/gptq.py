@@ -33,7 +33,7 @@ from pytest_quantcheck.dtypes import BITS
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import buffer_linear, packing, quantization_config, rewritten, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme, joined
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -162,22 +162,55 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    import torch
-
     layout = tensor.layout
     assert isinstance(layout, Layout)
     _check_decodable(tensor, layout)
     groups = _groups(tensor, layout, device)  # (K,)
     if layout.embedding:
-        codes, outputs = _token_codes(tensor, layout, start, stop, device), (0, tensor.columns)  # (rows, N)
-        groups = groups[start:stop]
+        return _decode_tokens(tensor, layout, groups, start, stop, device)
+    found = _coded(tensor, layout, start, stop, device)
+    if _in_order(groups, layout):
+        return packing.expand(found).view(stop - start, layout.inputs)
+    return packing.expand_scattered(found, groups)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where groups of inputs are as they come."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    _check_decodable(tensor, layout)
+    if layout.embedding or not _in_order(_groups(tensor, layout, device), layout):
+        return None
+    return _coded(tensor, layout, start, stop, device)
+
+
+def _coded(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> Coded:
+    """Outputs `start` up to `stop` as if their groups were in order."""
+    import torch
+
+    words = packing.turned(packing.load_columns(tensor.stored, start, stop, device))  # (rows, words)
+    if layout.planar:
+        codes, table = _unpack(words, layout, layout.inputs).to(torch.uint8).view(-1), None
     else:
-        words = packing.load_columns(tensor.stored, start, stop, device)
-        codes, outputs = _unpack(words.t(), layout, layout.inputs).t(), (start, stop)  # (K, rows)
-    zeros = _zeros(tensor, layout, *outputs, device)  # (G, N)
+        codes, table = packing.integers(words, layout.bits, layout.inputs)
+    zeros = _zeros(tensor, layout, start, stop, device).t().to(torch.float32)  # (rows, G)
+    scales = packing.load_columns(tensor.part("scales"), start, stop, device).t().to(torch.float32)  # (rows, G)
+    return Coded(codes, table, scales.contiguous(), layout.group_size or layout.inputs, zeros.contiguous())
+
+
+def _in_order(groups: torch.Tensor, layout: Layout) -> bool:
+    return layout.group_size is not None and packing.in_order(groups, layout.group_size)
+
+
+def _decode_tokens(
+    tensor: LogicalTensor, layout: Layout, groups: torch.Tensor, start: int, stop: int, device: str
+) -> torch.Tensor:
+    import torch
+
+    codes, outputs = _token_codes(tensor, layout, start, stop, device), (0, tensor.columns)  # (rows, N)
+    zeros = _zeros(tensor, layout, *outputs, device)[groups[start:stop]]  # (rows, N)
     scales = packing.load_columns(tensor.part("scales"), *outputs, device).to(torch.float32)  # (G, N)
-    values = (codes - zeros[groups]).to(torch.float32).mul_(scales[groups])
-    return values if layout.embedding else values.t().contiguous()
+    return (codes - zeros).to(torch.float32).mul_(scales[groups[start:stop]])
 
 
 def _check_decodable(tensor: LogicalTensor, layout: Layout) -> None:
@@ -450,6 +483,7 @@ SCHEME = Scheme(
     },
     refuse=refuse,
     alternatives=alternatives,
+    coders={decode: coded},
     source="GPTQModel 7.6.0, nn_modules/qlinear and utils; auto-round 0.16.1, auto_round_extension/torch",
     verified="GPTQModel 7.6.0, auto-round 0.16.1",
 )

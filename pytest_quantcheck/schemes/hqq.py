@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import rounding, slabs
+from pytest_quantcheck.schemes import packing, rounding, slabs
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -109,15 +109,37 @@ def _rounding(bits: object, size: int, shape: tuple[int, ...], *, kept_in_groups
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
+    import torch
+
+    found = coded(tensor, start, stop, device)
+    if found is not None:
+        return packing.expand(found).view(stop - start, tensor.columns)
     layout = tensor.layout
     assert isinstance(layout, Layout)
-    _check_decodable(tensor, layout)
     first, last = start * tensor.columns, stop * tensor.columns
     low, high = first // layout.columns, -(-last // layout.columns)
-    codes = _codes(tensor, layout, low, max(low, high), device)  # (high - low, C)
+    codes = _codes(tensor, layout, low, max(low, high), device).to(torch.float32)  # (high - low, C)
     zero, scale = _parameters(tensor, layout, low, max(low, high), device)
     values = ((codes - zero) * scale).view(-1)
     return values[first - low * layout.columns :][: last - first].view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where rows are full groups."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    _check_decodable(tensor, layout)
+    floats = layout.packing is None and tensor.stored.dtype != "U8"
+    if layout.axis != 1 or floats or not layout.columns or tensor.columns % layout.columns:
+        return None
+    groups = tensor.columns // layout.columns
+    low, high = start * groups, stop * groups
+    codes = _codes(tensor, layout, low, high, device)
+    zeros, scales = (
+        each.expand(high - low, 1).reshape(stop - start, groups)
+        for each in _parameters(tensor, layout, low, high, device)
+    )
+    return Coded(codes.view(-1), None, scales, layout.columns, zeros)
 
 
 def _check_decodable(tensor: LogicalTensor, layout: Layout) -> None:
@@ -129,15 +151,12 @@ def _check_decodable(tensor: LogicalTensor, layout: Layout) -> None:
 
 
 def _codes(tensor: LogicalTensor, layout: Layout, low: int, high: int, device: str) -> torch.Tensor:
-    """Rows `low` up to `high` of the codes, as float32."""
-    import torch
-
+    """Rows `low` up to `high` of the codes."""
     if layout.packing is None:
         codes = tensor.stored.load(low * layout.columns, high * layout.columns, device)
-        return codes.to(torch.float32).view(-1, layout.columns)
+        return codes.view(-1, layout.columns)
     shape, rows = (layout.rows, layout.columns), range(low, high)
-    codes = slabs.unpack(tensor.stored, slabs.PACKINGS[layout.packing], shape=shape, rows=rows, device=device)
-    return codes.to(torch.float32)
+    return slabs.unpack(tensor.stored, slabs.PACKINGS[layout.packing], shape=shape, rows=rows, device=device)
 
 
 def _parameters(
@@ -285,6 +304,7 @@ SCHEME = Scheme(
     anchors=("W_q",),
     methods=("hqq",),
     live={"hqq.HQQLinear": expose},
+    coders={decode: coded},
     source="hqq 0.2.8.post1, core/quantize.py, core/bitpack.py and core/utils.py",
     verified="hqq 0.2.8.post1",
 )

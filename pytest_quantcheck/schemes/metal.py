@@ -23,7 +23,7 @@ from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme, joined
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -111,17 +111,22 @@ def _check(weight: StoredTensor, scales: StoredTensor, qbiases: StoredTensor, la
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
+    return packing.expand(coded(tensor, start, stop, device)).view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
-    layout = tensor.layout
+    layout, rows = tensor.layout, stop - start
     assert isinstance(layout, Layout)
-    codes = packing.bit_stream(tensor.stored, start * tensor.columns, stop * tensor.columns, layout.bits, device)
-    groups = tensor.columns // layout.group
-    values = codes.to(torch.float32).view(stop - start, groups, layout.group)
-    for part, apply in (("scales", values.mul_), ("qbiases", values.add_)):
-        each = tensor.part(part).load(start * groups, stop * groups, device).to(torch.float32)
-        apply(each.view(stop - start, groups, 1))
-    return values.view(stop - start, tensor.columns)
+    width, groups = tensor.columns * layout.bits // 8, tensor.columns // layout.group
+    raw = tensor.stored.load_bytes(start * width, stop * width, device).view(rows, width)
+    scales, biases = (
+        tensor.part(part).load(start * groups, stop * groups, device).to(torch.float32).view(rows, groups)
+        for part in ("scales", "qbiases")
+    )
+    return Coded(*packing.integers(raw, layout.bits, tensor.columns), scales, layout.group, shifts=biases)
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
@@ -141,6 +146,7 @@ SCHEME = Scheme(
     anchors=("qbiases", "scales"),
     methods=("metal",),
     live={"transformers.MetalLinear": expose},
+    coders={decode: coded},
     source="transformers 5.17, integrations/metal_quantization.py",
     verified="transformers 5.17.0",
 )

@@ -27,7 +27,7 @@ from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +195,9 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     """Return rows `start` up to `stop` as float32."""
     import torch
 
+    found = coded(tensor, start, stop, device)
+    if found is not None:
+        return packing.expand(found).view(stop - start, tensor.columns)
     layout = tensor.layout
     assert isinstance(layout, Layout)
     groups = tensor.columns // layout.group
@@ -202,14 +205,28 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     values = values.view(stop - start, groups, layout.group)
     scales = _scales(tensor, layout, start * groups, stop * groups, device)
     values.mul_(scales.view(stop - start, groups, 1))
-    if layout.mode == "affine":
-        biases = tensor.part("biases").load(start * groups, stop * groups, device).to(torch.float32)
-        values.add_(biases.view(stop - start, groups, 1))
     if tensor.has("global_scale"):
         rows = torch.arange(start, stop, device=device) // tensor.shape[-2]
         whole = tensor.part("global_scale").load(device=device).to(torch.float32).view(-1)
         values.mul_(whole[rows].div_(FULL_RANGE).view(-1, 1, 1))
     return values.view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where the mode is affine."""
+    import torch
+
+    layout, rows = tensor.layout, stop - start
+    assert isinstance(layout, Layout)
+    if layout.mode != "affine":
+        return None
+    width, groups = tensor.columns * layout.bits // 8, tensor.columns // layout.group
+    raw = tensor.stored.load_bytes(start * width, stop * width, device).view(rows, width)
+    scales, biases = (
+        tensor.part(part).load(start * groups, stop * groups, device).to(torch.float32).view(rows, groups)
+        for part in ("scales", "biases")
+    )
+    return Coded(*packing.integers(raw, layout.bits, tensor.columns), scales, layout.group, shifts=biases)
 
 
 def _values(tensor: LogicalTensor, layout: Layout, first: int, last: int, device: str) -> torch.Tensor:
@@ -219,8 +236,6 @@ def _values(tensor: LogicalTensor, layout: Layout, first: int, last: int, device
     if layout.mode == "mxfp8":
         return tensor.stored.load_bytes(first, last, device).view(torch.float8_e4m3fn).to(torch.float32)
     codes = packing.bit_stream(tensor.stored, first, last, layout.bits, device)
-    if layout.mode == "affine":
-        return codes.to(torch.float32)
     return packing.look_up(codes, torch.tensor(packing.E2M1, device=device).view(-1, 1)).view(-1)
 
 
@@ -228,8 +243,6 @@ def _scales(tensor: LogicalTensor, layout: Layout, first: int, last: int, device
     import torch
 
     scales = tensor.part("scales").load(first, last, device)
-    if layout.mode == "affine":
-        return scales.to(torch.float32)
     if layout.mode == "nvfp4":
         return scales.view(torch.float8_e4m3fn).to(torch.float32)
     return packing.powers_of_two(scales)
@@ -241,6 +254,7 @@ SCHEME = Scheme(
     variants=(*(f"mlx-affine-{bits}bit" for bits in BITS), "mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"),
     claim=claim,
     anchors=("scales", "biases"),
+    coders={decode: coded},
     source="mlx 0.32.4, nn/layers/quantized.py; mlx-lm 0.32.2, utils.py",
     verified="mlx 0.32.4",
 )

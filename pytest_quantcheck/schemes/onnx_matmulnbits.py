@@ -23,7 +23,7 @@ from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import onnx_record, packing, rounding
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -118,16 +118,22 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     """Return rows `start` up to `stop` as float32."""
     import torch
 
+    if stop <= start:
+        return torch.empty((0, tensor.columns), device=device)
+    return packing.expand(coded(tensor, start, stop, device))
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
+    import torch
+
     layout, count = tensor.layout, stop - start
     assert isinstance(layout, Layout)
-    if count <= 0:
-        return torch.empty((0, tensor.columns), device=device)
     raw = tensor.stored.load_bytes(start * layout.row, stop * layout.row, device).view(count, layout.row)
-    values = packing.unpack_words(raw, layout.bits, tensor.columns).to(torch.float32)  # (rows, K)
     grid = slice(start * layout.blocks, stop * layout.blocks)
     scales = tensor.part("scales").load(grid.start, grid.stop, device).to(torch.float32).view(count, layout.blocks)
-    packing.shift_groups(values, _zeros(tensor, layout, grid, device).view(count, layout.blocks), layout.block)
-    return packing.scale_groups(values, scales, layout.block)
+    zeros = _zeros(tensor, layout, grid, device).view(count, layout.blocks)
+    return Coded(*packing.integers(raw, layout.bits, tensor.columns), scales, layout.block, zeros)
 
 
 def cells(tensor: LogicalTensor, row: int, start: int, stop: int) -> list[float]:
@@ -177,6 +183,7 @@ SCHEME = Scheme(
     variants=tuple(f"onnx-matmulnbits-{bits}" for bits in (4, 8, 2)),
     claim=claim,
     anchors=(onnx_record.RECORD,),
+    coders={decode: coded},
     source="onnxruntime 1.31, contrib_ops/cpu/quantization/matmul_nbits.cc",
     verified="onnxruntime 1.31.1",
 )

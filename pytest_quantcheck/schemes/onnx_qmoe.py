@@ -23,7 +23,7 @@ from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import onnx_record, packing
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -105,16 +105,23 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     """Return rows `start` up to `stop`, those of all experts one below the other, as float32."""
     import torch
 
+    if stop <= start:
+        return torch.empty((0, tensor.columns), device=device)
+    return packing.expand(coded(tensor, start, stop, device))
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return the same rows as codes."""
+    import torch
+
     layout, count = tensor.layout, stop - start
     assert isinstance(layout, Layout)
-    if count <= 0:
-        return torch.empty((0, tensor.columns), device=device)
     width = tensor.columns * layout.bits // 8
     raw = tensor.stored.load_bytes(start * width, stop * width, device).view(count, width)
-    values = packing.unpack_words(raw, layout.bits, tensor.columns).to(torch.float32)
     scales = tensor.part("scales").load(start * layout.blocks, stop * layout.blocks, device).to(torch.float32)
-    packing.shift_groups(values, _zeros(tensor, layout, start, stop, device), layout.block)
-    return packing.scale_groups(values, scales.view(count, layout.blocks), layout.block)
+    codes, table = packing.integers(raw, layout.bits, tensor.columns)
+    zeros = _zeros(tensor, layout, start, stop, device)
+    return Coded(codes, table, scales.view(count, layout.blocks), layout.block, zeros)
 
 
 def _zeros(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
@@ -138,6 +145,7 @@ SCHEME = Scheme(
     variants=(*(f"onnx-qmoe-{bits}" for bits in (4, 8, 2)), *(f"onnx-qmoe-{kind}" for kind in SMALL_FLOATS)),
     claim=claim,
     anchors=(onnx_record.RECORD,),
+    coders={decode: coded},
     source="onnxruntime 1.31, contrib_ops/cpu/moe/moe_quantization_cpu.cc",
     verified="onnxruntime 1.31.1",
 )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes.scheme import Namespace
-from pytest_quantcheck.tensor import ByteClass, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
 
 RECORD = "onnx_node"
 INDICES = "indices"  # of a sparse weight
@@ -87,10 +87,26 @@ def find(anchor: StoredTensor, operators: tuple[str, ...], namespace: Namespace)
     name = anchor.name.removesuffix(f".{RECORD}")
     if anchor.role != "part" or name == anchor.name:
         return None
-    record = strict_json.parse_object(anchor.read(limit=LIMIT), limit=LIMIT)
+    record = _read(anchor)
     if record["operator"] not in operators:
         return None
     parts = {part: namespace.tensors[f"{name}.{part}"] for part in record["parts"]}
+    return _node(name, record, {"": namespace.tensors[name], **parts}, anchor)
+
+
+def node_of(tensor: LogicalTensor) -> Node | None:
+    """Return the node that decodes a weight; None where no graph says how."""
+    if not tensor.has(RECORD):
+        return None
+    parts = {part.name: part.stored for part in tensor.parts if part.name not in ("codes", RECORD)}
+    return _node(tensor.name, _read(tensor.part(RECORD)), {"": tensor.stored, **parts}, tensor.part(RECORD))
+
+
+def _read(record: StoredTensor) -> Mapping[str, Any]:
+    return strict_json.parse_object(record.read(limit=LIMIT), limit=LIMIT)
+
+
+def _node(name: str, record: Mapping[str, Any], stored: Mapping[str, StoredTensor], anchor: StoredTensor) -> Node:
     return Node(
         name,
         record["operator"],
@@ -100,6 +116,6 @@ def find(anchor: StoredTensor, operators: tuple[str, ...], namespace: Namespace)
         tuple(record["shape"]),
         record["parts"],
         record["attributes"],
-        {"": namespace.tensors[name], **parts},
+        stored,
         anchor,
     )

@@ -54,7 +54,10 @@ def bit_stream(stored: StoredTensor, start: int, stop: int, bits: int, device: s
 
     first = start * bits // 8
     last = -(-stop * bits // 8)
-    raw = stored.load_bytes(first, last, device).to(torch.int32)
+    loaded, loops = stored.load_bytes(first, last, device), compiled.loops("words")
+    if loops is not None and start * bits == 8 * first:
+        return loops.unpack(loaded.view(1, -1), bits, stop - start)[0].to(torch.int32)  # type: ignore[no-any-return]
+    raw = loaded.to(torch.int32)
     at = torch.arange(start, stop, device=device, dtype=torch.int64) * bits - 8 * first
     low = at // 8
     pair = raw[low] | (raw[(low + 1).clamp_(max=max(0, len(raw) - 1))] << 8)
@@ -109,6 +112,9 @@ def bit_rows(raw: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """
     import torch
 
+    loops = compiled.loops("words")
+    if loops is not None and bits <= 8:
+        return loops.unpack(raw, bits, count).to(torch.int64)  # type: ignore[no-any-return]
     at = torch.arange(count, device=raw.device) * bits
     wide = torch.nn.functional.pad(raw, (0, 4)).to(torch.int64)
     codes = torch.zeros(len(raw), count, dtype=torch.int64, device=raw.device)
@@ -131,8 +137,11 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """
     import torch
 
-    flat = words.contiguous().view(-1).view(torch.uint8)
-    raw = flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+    raw = as_bytes(words)
+    loops = compiled.loops("words")
+    if loops is not None and bits <= 8:
+        found = loops.unpack(raw.view(-1, raw.shape[-1]), bits, count)
+        return found.view(*words.shape[:-1], count).to(torch.int32)  # type: ignore[no-any-return]
     if bits in (1, 2, 4, 8):
         shifts = torch.arange(0, 8, bits, device=raw.device, dtype=torch.uint8)
         codes = (raw.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
@@ -144,18 +153,78 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return (pair >> (at % 8).to(torch.int32)) & ((1 << bits) - 1)
 
 
+def as_bytes(words: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of each row of integer words, wherever they lie.
+
+    words  # (..., n)
+    ->     # (..., n * width) uint8
+    """
+    import torch
+
+    flat = words.contiguous().view(-1).view(torch.uint8)
+    return flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+
+
+def integers(words: torch.Tensor, bits: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the first `count` codes of each row of words as `Coded` has them, and its table.
+
+    words  # (rows, n) integers; each row a stream of its own, lowest bits first
+    ->     # (rows * count / width,) uint8; (256, width)
+    """
+    import torch
+
+    raw, loops = as_bytes(words), compiled.loops("words")
+    if bits == 4 and 2 * raw.shape[1] == count:
+        numbers = torch.arange(16, dtype=torch.float32, device=raw.device)
+        return raw.reshape(-1), nibble_pairs(numbers, high_first=False)
+    if bits == 8:
+        return raw[:, :count].reshape(-1), None
+    codes = unpack_words(raw, bits, count).to(torch.uint8) if loops is None else loops.unpack(raw, bits, count)
+    return codes.view(-1), None
+
+
+def turned(words: torch.Tensor) -> torch.Tensor:
+    """Return a matrix of words turned, contiguous.
+
+    words  # (rows, columns), any columns of a contiguous matrix
+    ->     # (columns, rows)
+    """
+    loops = compiled.loops("words")
+    if loops is not None and words.element_size() == 4:
+        return loops.turn(words)  # type: ignore[no-any-return]
+    return words.t().contiguous()
+
+
+def fields(words: torch.Tensor, bits: int, order: Sequence[int]) -> torch.Tensor:
+    """Return the fields of words as rows: row `j * len(order) + i` has field `order[i]` of each word of row `j`.
+
+    words  # (rows, columns) int32
+    ->     # (rows * len(order), columns) uint8
+
+    >>> import torch
+    >>> fields(torch.tensor([[0x10, 0x32]], dtype=torch.int32), 4, (1, 0)).tolist()
+    [[1, 3], [0, 2]]
+    """
+    import torch
+
+    loops = compiled.loops("words")
+    if loops is not None:
+        return loops.fields(words, bits, order)  # type: ignore[no-any-return]
+    shifts = torch.tensor(order, dtype=torch.int32, device=words.device).view(-1, 1) * bits
+    return ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(0, 1)
+
+
 def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return columns `start` up to `stop` of a stored matrix; row by row where the whole would be much more.
 
     stored  # (rows, columns)
     ->      # (rows, stop - start)
     """
-    import torch
-
     rows, columns = stored.shape
     if stored.nbytes < 1 << 22 or 8 * (stop - start) > columns:
         return stored.load(device=device).view(rows, columns)[:, start:stop]
-    return torch.stack([stored.load(row * columns + start, row * columns + stop, device) for row in range(rows)])
+    ranges = [(row * columns + start, row * columns + stop) for row in range(rows)]
+    return stored.load_each(ranges, device).view(rows, stop - start)
 
 
 class Grid(NamedTuple):
@@ -213,37 +282,60 @@ def expand(coded: Coded, columns: int = -1) -> torch.Tensor:
 
     The last block may be shorter. Of no rows, nothing but `columns` says how long they are.
     """
-    import torch
-
-    packed = coded.codes.dtype == torch.uint8
-    values = look_up(coded.codes, coded.table) if packed else as_float32(coded.codes)
-    values = scale_groups(values.view(len(coded.scales), columns), coded.scales, coded.size)
+    if not coded.codes.numel():
+        return coded.scales.new_empty((len(coded.scales), max(0, columns)))
+    loops = compiled.loops("windows")
+    if loops is not None:
+        return loops.decode(coded)  # type: ignore[no-any-return]
+    values = _numbers(coded).view(len(coded.scales), -1)
+    if coded.zeros is not None:
+        shift_groups(values, coded.zeros, coded.size)
+    scale_groups(values, coded.scales, coded.size)
+    if coded.shifts is not None:
+        shift_groups(values, -coded.shifts, coded.size)
     return values if coded.factor == 1.0 else values.mul_(coded.factor)
 
 
-def byte_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return stored numbers of one byte, and the float32 values that the 256 bytes have in their dtype.
-
-    ->  # (stop - start,); (256, 1)
-    """
-    codes = stored.load(start, stop, device)
-    return codes, _byte_table(codes.dtype, device)
-
-
-def _byte_table(dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).to(torch.float32).view(256, 1)
+def _numbers(coded: Coded) -> torch.Tensor:
+    """What codes stand for before they are scaled."""
+    return as_float32(coded.codes) if coded.table is None else look_up(coded.codes, coded.table)
 
 
 def as_float32(values: torch.Tensor) -> torch.Tensor:
     """Return stored numbers as float32: floats of one byte from a table where loops are in use, torch casts slowly."""
     import torch
 
-    small = values.is_floating_point() and values.element_size() == 1
-    if not small or compiled.loops("windows") is None:
+    loops = compiled.loops("windows")
+    if loops is None or not values.is_floating_point() or values.element_size() != 1:
         return values.to(torch.float32)
-    return look_up(values.view(torch.uint8), _byte_table(values.dtype, values.device)).view(values.shape)
+    return loops.small_floats(values)  # type: ignore[no-any-return]
+
+
+def expand_scattered(coded: Coded, groups: torch.Tensor) -> torch.Tensor:
+    """Return the values that codes stand for where activation order scattered the groups; shifts are not looked at.
+
+    groups  # (columns,) int64, the group of each column
+    ->      # (rows, columns) float32
+    """
+    import torch
+
+    values = _numbers(coded).view(len(coded.scales), len(groups))
+    zeros = torch.zeros_like(coded.scales) if coded.zeros is None else coded.zeros
+    loops = compiled.loops("words")
+    if loops is None:
+        return values.sub_(zeros[:, groups]).mul_(coded.scales[:, groups])
+    loops.place_scattered(values, zeros, coded.scales, groups)
+    return values
+
+
+def in_order(groups: torch.Tensor, size: int) -> bool:
+    """Whether columns are in groups of `size` as they come.
+
+    groups  # (columns,) int64
+    """
+    import torch
+
+    return torch.equal(groups, torch.arange(len(groups), device=groups.device) // size)
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
@@ -251,6 +343,11 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     import torch
 
     return as_float32(exponents.view(torch.float8_e8m0fnu))
+
+
+def byte_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return stored numbers of one byte as `Coded` has them, without a table."""
+    return stored.load(start, stop, device), None
 
 
 def e2m1_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,6 +381,9 @@ def row_codes(raw: torch.Tensor, bits: int, count: int, skip: int = 0) -> torch.
     """
     import torch
 
+    loops = compiled.loops("words")
+    if loops is not None and not skip:
+        return loops.unpack(raw, bits, count).to(torch.int32)  # type: ignore[no-any-return]
     at = torch.arange(count, device=raw.device) * bits + skip
     low = at // 8
     wide = raw.to(torch.int32)

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck import strict_json
 from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable, UnknownEncoding
-from pytest_quantcheck.schemes import architecture, rounding, steps
+from pytest_quantcheck.schemes import architecture, packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -180,14 +180,41 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
         raise NotDecodable("is quantized along its last axis, which no module of quanto does", tensor=tensor.name)
     if stop <= start:
         return torch.empty((0, tensor.columns), device=device)
+    found = coded(tensor, start, stop, device)
+    if found is not None:
+        return packing.expand(found).view(stop - start, tensor.columns)
     first, last = start * tensor.columns, stop * tensor.columns
     low, high = first // layout.columns, -(-last // layout.columns)  # rows of the unpacked matrix
-    codes = torch.cat([_slab(tensor.stored, layout, span, device) for span in _spans(layout, low, high)])
-    values = codes.view(-1, layout.columns).to(torch.float32)
+    values = _codes(tensor.stored, layout, low, high, device).view(-1, layout.columns).to(torch.float32)
     scale, shift = (_of_rows(tensor.part(part), layout, low, high, device) for part in ("_scale", "_shift"))
     values = values.mul_(scale).sub_(shift) if _is_float(tensor.part("_shift")) else values.sub_(shift).mul_(scale)
     lead = first - low * layout.columns
     return values.view(-1)[lead : lead + last - first].view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where rows are full groups."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    by_column = layout.rows == 1 and tensor.part("_scale").elements == layout.columns > 1
+    if layout.axis != 0 or by_column or not layout.columns or tensor.columns % layout.columns:
+        return None
+    groups = tensor.columns // layout.columns
+    low, high = start * groups, stop * groups
+    codes = _codes(tensor.stored, layout, low, high, device)
+    scales, shifts = (
+        _of_rows(tensor.part(part), layout, low, high, device).view(stop - start, groups)
+        for part in ("_scale", "_shift")
+    )
+    found = Coded(codes, None, scales, layout.columns)
+    return found._replace(shifts=-shifts) if _is_float(tensor.part("_shift")) else found._replace(zeros=shifts)
+
+
+def _codes(stored: StoredTensor, layout: Layout, low: int, high: int, device: str) -> torch.Tensor:
+    """The codes of some rows of the unpacked matrix, flat."""
+    import torch
+
+    return torch.cat([_slab(stored, layout, span, device) for span in _spans(layout, low, high)])
 
 
 def _of_rows(stored: StoredTensor, layout: Layout, low: int, high: int, device: str) -> torch.Tensor:
@@ -250,6 +277,7 @@ SCHEME = Scheme(
     anchors=("_data",),
     methods=("quanto",),
     live={"optimum.WeightQBitsTensor": expose},
+    coders={decode: coded},
     source="optimum-quanto 0.2.7, tensor/packed.py and tensor/qbits.py",
     verified="optimum-quanto 0.2.7",
 )

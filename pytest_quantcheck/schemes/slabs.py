@@ -39,16 +39,16 @@ PACKINGS = {
 
 
 def unpack(stored: StoredTensor, packing: Packing, *, shape: tuple[int, int], rows: range, device: str) -> torch.Tensor:
-    """Return some rows of a packed matrix of codes of `shape`, as int32; only the words that hold them are read."""
+    """Return some rows of a packed matrix of codes of `shape`, as uint8; only the words that hold them are read."""
     import torch
 
     columns, packed = shape[1], packing.packed_rows(shape[0])
-    found = [torch.empty((0, columns), dtype=torch.int32, device=device)]
+    found = [torch.empty((0, columns), dtype=torch.uint8, device=device)]
     for field in range(packing.fields):
         first, last = max(rows.start - field * packed, 0), min(rows.stop - field * packed, packed)
         if first < last:
             raw = stored.load_bytes(first * columns * packing.width, last * columns * packing.width, device)
             words = raw.view(torch.int32) if packing.width == 4 else raw
             codes = (words >> packing.bits * (packing.fields - 1 - field)) & (2**packing.bits - 1)
-            found.append(codes.to(torch.int32).view(last - first, columns))
+            found.append(codes.to(torch.uint8).view(last - first, columns))
     return torch.cat(found)

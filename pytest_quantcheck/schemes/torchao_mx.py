@@ -115,29 +115,22 @@ def _check_scales(found: Flattened, shape: tuple[int, ...], layout: Layout) -> N
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    layout = tensor.layout
-    assert isinstance(layout, Layout)
-    return packing.expand(_coded(tensor, layout, start, stop, device), tensor.columns)
+    return packing.expand(coded(tensor, start, stop, device), tensor.columns)
 
 
-def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
-    """Return rows `start` up to `stop` as codes, where every byte is one, or two."""
-    layout = tensor.layout
-    assert isinstance(layout, Layout)
-    if layout.table and layout.packed == 1:  # a byte may be more than the 64 codes of fp6
-        return None
-    return _coded(tensor, layout, start, stop, device)
-
-
-def _coded(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> Coded:
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
     first, last, scales = start * tensor.columns, stop * tensor.columns, _scales(tensor, layout, start, stop, device)
     if layout.packed == 2:
         return Coded(*packing.e2m1_codes(tensor.stored, first, last, device), scales, layout.block)
     if not layout.table:
         return Coded(*packing.byte_codes(tensor.stored, first, last, device), scales, layout.block)
-    table = torch.tensor(layout.table, device=device).view(-1, 1)
+    table = torch.full((256, 1), torch.nan, device=device)  # of a byte that is no code
+    table[: len(layout.table), 0] = torch.tensor(layout.table, device=device)
     return Coded(tensor.stored.load(first, last, device), table, scales, layout.block)
 
 
