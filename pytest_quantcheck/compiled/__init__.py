@@ -1,6 +1,6 @@
 """Whether inner loops run in machine code that numba compiled, or as passes of torch over each window.
 
-    windows  what every comparison does: codes to values, sums, rounding to a codebook
+    windows  what every comparison does: codes to values, sums, rounding to nearest
     words    codes packed in integer words, one stream a row or along the other dimension
     ggml     blocks with a scale of their own: reading ggml's, rounding to integers, the searches of its quantizers
 
