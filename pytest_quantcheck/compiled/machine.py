@@ -19,8 +19,12 @@ def machine_code(function: Function) -> Function:
 
 
 def adding(function: Function) -> Function:
-    """Compile a function whose sums may be taken in any order: that makes vectors of them."""
-    return _compiled(function, fastmath={"reassoc", "contract", "nsz"})
+    """Compile a function whose sums may be taken in any order: that makes vectors of them.
+
+    It becomes part of what calls it. As a function of its own it would be there several times, each with an order of
+    its own, and which of them is called would depend on what was compiled before.
+    """
+    return _compiled(function, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 
 
 def _compiled(function: Function, **options: Any) -> Function:
