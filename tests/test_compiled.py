@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import torch
 from pytest_quantcheck import compiled, inspect
 from pytest_quantcheck.checks import engine, window
 from pytest_quantcheck.checks.metrics import Extremes, Fidelity
-from pytest_quantcheck.compiled import machine, windows
-from pytest_quantcheck.schemes import CODERS, rounding
+from pytest_quantcheck.compiled import ggml, machine, windows
+from pytest_quantcheck.schemes import CODERS, ggml_iq4, ggml_k, packing, rounding
 from tests.cases import Made, all_cases
 from tests.scheme_table import saved
 from tests.test_engine import checkpoint, gaussian, stored_as_nf4
+from tests.test_expectation import db
+from tests.test_fidelity import weights
 from tests.test_schemes import same_bits
 
 
@@ -209,6 +212,35 @@ def test_values_that_are_no_numbers_or_too_large(tmp_path, monkeypatch, wrong, s
     assert found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-6, nan_ok=True)
 
 
+SEARCHED = {
+    **{kind: ggml_k.TYPES[kind] for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")},
+    **{kind: ggml_iq4.TYPES[kind] for kind in ("IQ4_NL", "IQ4_XS")},
+}
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "student-t", "outliers"])
+@pytest.mark.parametrize("kind", SEARCHED)
+def test_searches_of_ggml_keep_what_those_of_torch_keep(kind, distribution):
+    """To the last bit all but everywhere: where two scales are as good, the order of sums decides between them."""
+    rounding = SEARCHED[kind].rounding
+    values = weights(distribution, 131, 1024)
+    wanted = rounding.nearest(None, values, None)
+    with compiled.used(True):
+        found = rounding.nearest(None, values, None)
+    assert db(found, values) == pytest.approx(db(wanted, values), abs=0.01)
+    assert float((found != wanted).float().mean()) < 0.05
+
+
+def test_the_range_of_blocks_is_that_of_torch():
+    blocks = gaussian(9, 33)
+    blocks[1], blocks[2] = blocks[1].abs(), -blocks[2].abs()
+    blocks[3, 5], blocks[4, 5], blocks[5, 7] = math.inf, -math.inf, math.nan
+    blocks[6, 0] = torch.tensor(math.nan).copysign(torch.tensor(-1.0))
+    blocks[7] = 1e-42  # not normal
+    for found, wanted in zip(ggml.range_of_blocks(blocks), (blocks.amin(dim=1), blocks.amax(dim=1)), strict=True):
+        assert torch.equal(found.view(-1).nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
 def test_small_models_and_other_devices_are_left_to_torch():
     assert compiled.pays(compiled.FROM, "cpu")
     assert not compiled.pays(compiled.FROM - 1, "cpu")
@@ -268,3 +300,87 @@ def test_a_folder_that_cannot_be_written_costs_only_time(monkeypatch):
     function, options = machine._compiled(sum, fastmath=False)
     assert function is sum
     assert options["nogil"]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("rows", "count"), [(3, 64), (5, 19), (1, 8), (2, 1), (0, 16)], ids=str)
+def test_codes_of_rows_are_those_of_torch(bits, rows, count):
+    raw = torch.randint(0, 256, (rows, -(-count * bits // 8)), dtype=torch.uint8)
+    readings = {
+        "row_codes": lambda: packing.row_codes(raw, bits, count),
+        "bit_rows": lambda: packing.bit_rows(raw, bits, count),
+        "unpack_words": lambda: packing.unpack_words(raw, bits, count),
+    }
+    for name, read in readings.items():
+        expected = read()
+        with compiled.used(True):
+            found = read()
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("columns", [slice(0, 40), slice(7, 40), slice(16, 33), slice(5, 6)], ids=str)
+def test_words_are_turned_out_of_a_wider_matrix(columns):
+    words = torch.randint(-(2**31), 2**31, (37, 40), dtype=torch.int32)[:, columns]
+    with compiled.used(True):
+        found = packing.turned(words)
+    assert found.is_contiguous()
+    assert torch.equal(found, words.t())
+
+
+@pytest.mark.parametrize(("bits", "order"), [(4, (0, 4, 1, 5, 2, 6, 3, 7)), (8, range(4)), (2, range(16))])
+def test_fields_of_words_are_those_of_torch(bits, order):
+    words = torch.randint(-(2**31), 2**31, (3, 21), dtype=torch.int32)
+    expected = packing.fields(words, bits, order)
+    with compiled.used(True):
+        assert torch.equal(packing.fields(words, bits, order), expected)
+
+
+def gptq(values: torch.Tensor, *, scattered: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A checkpoint of four bits in groups of 32, zero points of their own, and what it stands for."""
+    outputs, inputs = values.shape
+    g_idx = torch.arange(inputs) // 32
+    if scattered:
+        g_idx = g_idx[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+    scales = torch.full((inputs // 32, outputs), 0.01, dtype=torch.float16)
+    zeros = torch.arange(inputs // 32 * outputs).view(-1, outputs) % 5 + 6
+    codes = (values.t() / scales[g_idx].float()).round().add(zeros[g_idx]).clamp(0, 15).long()  # (inputs, outputs)
+    tensors = {
+        "layer.qweight": packed(codes.t()).t().contiguous(),
+        "layer.qzeros": packed(zeros),
+        "layer.scales": scales,
+        "layer.g_idx": g_idx.int(),
+    }
+    return tensors, ((codes - zeros[g_idx]) * scales[g_idx].float()).t()
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of four bits along rows, lowest bits first, as int32."""
+    words = (codes.view(len(codes), -1, 8) << torch.arange(0, 32, 4)).sum(dim=2)
+    return words.where(words < 2**31, words - 2**32).int()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["read-whole", "read-by-row"])
+@pytest.mark.parametrize("scattered", [False, True], ids=["in-order", "scattered"])
+def test_strips_of_words_are_decoded_window_by_window(tmp_path, monkeypatch, scattered, whole):
+    monkeypatch.setattr(engine, "CODED_WINDOW", 24 * 96)
+    monkeypatch.setattr(engine, "WINDOW", 24 * 96)
+    monkeypatch.setattr(engine, "STRIP", 100 * 96)
+    monkeypatch.setattr(packing, "SMALL", 1 << 22 if whole else 0)
+    values = gaussian(1000, 96).bfloat16()
+    tensors, stands_for = gptq(values.float(), scattered=scattered)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    theirs = checkpoint(tmp_path / "reference.safetensors", {"layer.weight": values}).tensor("layer.weight")
+    folder = tmp_path / "gptq"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    checkpoint(folder / "model.safetensors", tensors)
+    ours = inspect(folder).tensor("layer.weight")
+    assert torch.equal(ours.decode(), stands_for)
+    plain = ours._replace(rounding=None)
+    assert_equal(*both(ours, theirs, monkeypatch))
+    assert_equal(*both(plain, theirs, monkeypatch))
+    if not scattered:
+        monkeypatch.setattr(compiled, "FROM", 0)
+        monkeypatch.setattr(window, "measure", lambda *_, **__: pytest.fail("a window was decoded by itself"))
+        engine.measure(plain, theirs)

@@ -33,7 +33,7 @@ from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import onnx_record, packing, rounding
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -235,6 +235,9 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     assert isinstance(layout, Layout)
     if stop <= start:
         return torch.empty((0, tensor.columns), device=device)
+    found = coded(tensor, start, stop, device)
+    if found is not None:
+        return packing.expand(found)
     codes = _codes(tensor.stored, layout.type, start * tensor.columns, stop * tensor.columns, device)
     values = codes.view(stop - start, tensor.columns)
     if layout.zero_grid is not None:
@@ -243,6 +246,52 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
         values = values - layout.zero
     scaled = values * _spread(tensor, "scales", layout.grid, start, stop, device)
     return scaled * tensor.part("x_scale").load(device=device).float() if tensor.has("x_scale") else scaled
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where those are bytes and the scales of a row are of blocks."""
+    import torch
+
+    layout, rows = tensor.layout, stop - start
+    assert isinstance(layout, Layout)
+    bits, size = _coded_bits(tensor, layout), _coded_size(tensor, layout)
+    if bits is None or size is None or tensor.has("x_scale"):
+        return None
+    if bits == 8:
+        codes, table = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device), None
+    else:
+        width = tensor.columns * bits // 8
+        raw = tensor.stored.load_bytes(start * width, stop * width, device).view(rows, width)
+        codes, table = packing.integers(raw, bits, tensor.columns, _numbers(layout.type))
+    scales = _rows_of_grid(tensor, "scales", layout.grid, start, stop, device)
+    zeros = torch.full_like(scales, layout.zero) if layout.zero else None
+    if layout.zero_grid is not None:
+        zeros = _rows_of_grid(tensor, "zero_points", layout.zero_grid, start, stop, device).expand(scales.shape)
+    return Coded(codes, table, scales, size, zeros)
+
+
+def _coded_bits(tensor: LogicalTensor, layout: Layout) -> int | None:
+    """The bits of a code; None where codes are wider than a byte, or rows not whole bytes."""
+    bits = SMALL.get(layout.type, 8)
+    wider = layout.type in ("INT16", "UINT16", "INT32")
+    return None if wider or not tensor.columns or tensor.columns * bits % 8 else bits
+
+
+def _coded_size(tensor: LogicalTensor, layout: Layout) -> int | None:
+    """How many columns share a scale; None where that is not so for blocks of a row."""
+    columns, zeros = (grid[-1] if grid else 1 for grid in (layout.grid, layout.zero_grid or ()))
+    if columns == 1:
+        return tensor.columns if zeros == 1 else None
+    return layout.axis.block if layout.axis.at == len(layout.grid) - 1 and zeros in (1, columns) else None
+
+
+def _numbers(kind: str) -> tuple[float, ...]:
+    """What small codes stand for."""
+    if kind == "FLOAT4E2M1":
+        return packing.E2M1
+    count = 1 << SMALL[kind]
+    least = count // 2 if kind.startswith("I") else count
+    return tuple(float(code if code < least else code - count) for code in range(count))
 
 
 def _codes(stored: StoredTensor, kind: str, first: int, last: int, device: str) -> torch.Tensor:
@@ -264,6 +313,19 @@ def _spread(
     """The scale of each element of some rows, ready to be broadcast."""
     import torch
 
+    found, layout = _rows_of_grid(tensor, part, grid, start, stop, device), tensor.layout
+    assert isinstance(layout, Layout)
+    if found.shape[1] == 1:
+        return found
+    return found[:, torch.arange(tensor.columns, device=device) // _span(layout, len(grid) - 1)]
+
+
+def _rows_of_grid(
+    tensor: LogicalTensor, part: str, grid: tuple[int, ...], start: int, stop: int, device: str
+) -> torch.Tensor:
+    """The row of the grid that each of some rows has."""
+    import torch
+
     layout, stored = tensor.layout, tensor.part(part)
     assert isinstance(layout, Layout)
     rest, stride = torch.arange(start, stop, device=device), 1
@@ -276,10 +338,7 @@ def _spread(
         stride *= grid[at]
     width = grid[-1] if grid else 1
     low, high = int(row.min()), int(row.max()) + 1
-    found = _grid_rows(stored, layout, part, width, (low, high), device)[row - low]  # (rows, width)
-    if width == 1:
-        return found
-    return found[:, torch.arange(tensor.columns, device=device) // _span(layout, len(grid) - 1)]
+    return _grid_rows(stored, layout, part, width, (low, high), device)[row - low]  # (rows, width)
 
 
 def _span(layout: Layout, dimension: int) -> int:
@@ -309,6 +368,7 @@ SCHEME = Scheme(
     variants=tuple(f"onnx-{kind.lower()}" for kind in (*SMALL, *WHOLE)),
     claim=claim,
     anchors=(onnx_record.RECORD,),
+    coders={decode: coded},
     source="onnx 1.23, defs/quantization; onnxruntime 1.31, docs/ContribOperators.md",
     verified="onnxruntime 1.31.1",
 )

@@ -30,6 +30,9 @@ FP4 = (
 )  # fmt: skip
 
 
+SMALL = 1 << 22  # bytes of a matrix that is read whole, whatever columns are wanted
+
+
 def small_float_table(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
     """Return the value of every code of a small float without infinities, sign in the highest bit.
 
@@ -165,8 +168,12 @@ def as_bytes(words: torch.Tensor) -> torch.Tensor:
     return flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
 
 
-def integers(words: torch.Tensor, bits: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def integers(
+    words: torch.Tensor, bits: int, count: int, numbers: Sequence[float] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the first `count` codes of each row of words as `Coded` has them, and its table.
+
+    `numbers` are what the codes stand for, by default themselves.
 
     words  # (rows, n) integers; each row a stream of its own, lowest bits first
     ->     # (rows * count / width,) uint8; (256, width)
@@ -175,12 +182,15 @@ def integers(words: torch.Tensor, bits: int, count: int) -> tuple[torch.Tensor, 
 
     raw, loops = as_bytes(words), compiled.loops("words")
     if bits == 4 and 2 * raw.shape[1] == count:
-        numbers = torch.arange(16, dtype=torch.float32, device=raw.device)
-        return raw.reshape(-1), nibble_pairs(numbers, high_first=False)
+        of_nibbles = torch.tensor(numbers or range(16), dtype=torch.float32, device=raw.device)
+        return raw.reshape(-1), nibble_pairs(of_nibbles, high_first=False)
+    table = None
+    if numbers is not None:
+        table = torch.tensor((*numbers, *[0.0] * (256 - len(numbers))), device=raw.device).view(256, 1)
     if bits == 8:
-        return raw[:, :count].reshape(-1), None
+        return raw[:, :count].reshape(-1), table
     codes = unpack_words(raw, bits, count).to(torch.uint8) if loops is None else loops.unpack(raw, bits, count)
-    return codes.view(-1), None
+    return codes.view(-1), table
 
 
 def turned(words: torch.Tensor) -> torch.Tensor:
@@ -221,7 +231,7 @@ def load_columns(stored: StoredTensor, start: int, stop: int, device: str) -> to
     ->      # (rows, stop - start)
     """
     rows, columns = stored.shape
-    if stored.nbytes < 1 << 22 or 8 * (stop - start) > columns:
+    if stored.nbytes < SMALL or 8 * (stop - start) > columns:
         return stored.load(device=device).view(rows, columns)[:, start:stop]
     ranges = [(row * columns + start, row * columns + stop) for row in range(rows)]
     return stored.load_each(ranges, device).view(rows, stop - start)

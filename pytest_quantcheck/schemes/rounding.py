@@ -34,6 +34,8 @@ from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.tensor import Floats, Integers, Levels, LogicalTensor, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
 ScaleKind = Literal[
@@ -249,9 +251,32 @@ def _whole(tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *
 def _extreme(blocks: torch.Tensor, largest: float | None, *, low: int, scale: ScaleKind) -> torch.Tensor:
     import torch
 
-    least, most = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
-    chosen, kept = scales(torch.where(-least > most, least, most) / low, scale)
-    return blocks.mul(_inverse(chosen)).round_().clamp_(low, -low - 1).mul_(kept)
+    least, most = _range(blocks)
+    edge = torch.where(-least > most, least, most).add_(0.0)  # never -0.0
+    chosen, kept = scales(edge / low, scale)
+    return _to_codes(blocks, _inverse(chosen), low, -low - 1, kept)
+
+
+def _to_codes(blocks: torch.Tensor, inverse: torch.Tensor, low: int, high: int, kept: torch.Tensor) -> torch.Tensor:
+    loops = block_loops(blocks)
+    if loops is not None:
+        return loops.round_to_codes(blocks, low, high, inverse, kept)  # type: ignore[no-any-return]
+    return blocks.mul(inverse).round_().clamp_(low, high).mul_(kept)
+
+
+def _range(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the greatest of each block."""
+    loops = block_loops(blocks)
+    if loops is not None:
+        return loops.range_of_blocks(blocks)  # type: ignore[no-any-return]
+    return blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+
+
+def block_loops(blocks: torch.Tensor) -> ModuleType | None:
+    """Return compiled loops over blocks, each with a scale of its own, where they are in use."""
+    import torch
+
+    return compiled.loops("ggml") if blocks.dtype == torch.float32 else None
 
 
 def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
@@ -265,7 +290,7 @@ def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: 
 
 
 def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
-    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    low, high = _range(blocks)
     return _above(blocks, (high - low) / (levels - 1), low, levels, scale)
 
 
@@ -285,7 +310,10 @@ def _above(
     blocks: torch.Tensor, step: torch.Tensor, least: torch.Tensor, levels: int, scale: ScaleKind
 ) -> torch.Tensor:
     (chosen, kept), (least, kept_least) = scales(step, scale), scales(least, scale)
-    return blocks.sub(least).mul_(_inverse(chosen)).round_().clamp_(0, levels - 1).mul_(kept).add_(kept_least)
+    inverse, loops = _inverse(chosen), block_loops(blocks)
+    if loops is not None:
+        return loops.round_to_codes(blocks, 0, levels - 1, inverse, kept, (least, kept_least))  # type: ignore[no-any-return]
+    return blocks.sub(least).mul_(inverse).round_().clamp_(0, levels - 1).mul_(kept).add_(kept_least)
 
 
 def _to_levels(

@@ -24,7 +24,7 @@ from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import packing, rounding, steps, torchao_metadata
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.schemes.torchao_metadata import Flattened
-from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -123,19 +123,29 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     """Return rows `start` up to `stop` as float32."""
     import torch
 
-    layout = tensor.layout
-    assert isinstance(layout, Layout)
-    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    values = codes.to(torch.float32).view(stop - start, tensor.columns)
-    scale = packing.block_values(tensor.part("scale"), tensor.shape, layout.grid, range(start, stop), device)
-    blocks = packing.by_column_block(values, scale)
-    if tensor.has("zero_point"):
-        zero = packing.block_values(tensor.part("zero_point"), tensor.shape, layout.grid, range(start, stop), device)
-        blocks.sub_(zero.unsqueeze(-1))
-    blocks.mul_(scale.unsqueeze(-1))
+    values = packing.expand(_coded(tensor, start, stop, device)).view(stop - start, tensor.columns)
     if tensor.has("act_pre_scale"):
         values.mul_(tensor.part("act_pre_scale").load(device=device).to(torch.float32))
     return values
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where no scale of activations is in them."""
+    return None if tensor.has("act_pre_scale") else _coded(tensor, start, stop, device)
+
+
+def _coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    scales, zeros = (
+        packing.block_values(tensor.part(part), tensor.shape, layout.grid, range(start, stop), device)
+        if tensor.has(part)
+        else None
+        for part in ("scale", "zero_point")
+    )
+    assert scales is not None
+    return Coded(codes, None, scales, tensor.columns // max(1, layout.grid[-1]), zeros)
 
 
 SCHEME = Scheme(
@@ -146,6 +156,7 @@ SCHEME = Scheme(
     anchors=("_qdata",),
     methods=("torchao",),
     live={f"torchao.{kind}": torchao_metadata.expose for kind in CODES},
+    coders={decode: coded},
     source="torchao 0.18, quantization/quantize_/workflows/{int8,intx,float8}",
     verified="torchao 0.18.0",
 )
