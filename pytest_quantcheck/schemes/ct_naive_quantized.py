@@ -108,34 +108,36 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    layout = tensor.layout
-    assert isinstance(layout, Layout)
-    scale = tensor.part("weight_scale")
-    if layout.grid is None:
-        what = f"the configuration does not say how scales {list(scale.shape)} lie over it (group or block size)"
-        raise NotDecodable(what, tensor=tensor.name)
-    rows = slice(start, stop)
-    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    values = packing.as_float32(codes).view(stop - start, tensor.columns)
-    scales = _scales(scale, layout.grid, rows, device)
-    scattered = tensor.has("weight_g_idx")
-    index = packing.group_index(tensor.part("weight_g_idx"), scales.shape[1], device) if scattered else None
-    if tensor.has("weight_zero_point"):
-        zeros = packing.as_float32(packing.grid_rows(tensor.part("weight_zero_point"), layout.grid, rows, device))
-        values = packing.shift_groups(values, zeros, layout.width) if index is None else values.sub_(zeros[:, index])
-    return packing.scale_groups(values, scales, layout.width) if index is None else values.mul_(scales[:, index])
+    found = _coded(tensor, start, stop, device)
+    index = _index(tensor, found, device)
+    return packing.expand(found, tensor.columns) if index is None else packing.expand_scattered(found, index)
 
 
 def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
-    """Return rows `start` up to `stop` as codes, where there are only scales beside them, in the order of columns."""
-    layout = tensor.layout
+    """Return rows `start` up to `stop` as codes, where groups are in the order of columns."""
+    found = _coded(tensor, start, stop, device)
+    return found if _index(tensor, found, device) is None else None
+
+
+def _coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    layout, scale = tensor.layout, tensor.part("weight_scale")
     assert isinstance(layout, Layout)
-    if layout.grid is None or tensor.has("weight_zero_point") or tensor.has("weight_g_idx"):
-        return None
+    if layout.grid is None:
+        what = f"the configuration does not say how scales {list(scale.shape)} lie over it (group or block size)"
+        raise NotDecodable(what, tensor=tensor.name)
     codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return Coded(
-        codes, None, _scales(tensor.part("weight_scale"), layout.grid, slice(start, stop), device), layout.width
-    )
+    scales, zeros = _scales(scale, layout.grid, slice(start, stop), device), None
+    if tensor.has("weight_zero_point"):
+        stored = packing.grid_rows(tensor.part("weight_zero_point"), layout.grid, slice(start, stop), device)
+        zeros = packing.as_float32(stored)
+    return Coded(codes, None, scales, layout.width, zeros)
+
+
+def _index(tensor: LogicalTensor, coded: Coded, device: str) -> torch.Tensor | None:
+    """The group of each column, where they are not in order."""
+    if not tensor.has("weight_g_idx"):
+        return None
+    return packing.group_index(tensor.part("weight_g_idx"), coded.scales.shape[1], device)
 
 
 def _scales(stored: StoredTensor, grid: packing.Grid, rows: slice, device: str) -> torch.Tensor:
