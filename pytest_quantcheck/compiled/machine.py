@@ -20,7 +20,7 @@ def machine_code(function: Function) -> Function:
 
 def adding(function: Function) -> Function:
     """Compile a function whose sums may be taken in any order: that makes vectors of them."""
-    return _compiled(function, fastmath={"reassoc", "contract", "nsz"})
+    return _compiled(function, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 
 
 def _compiled(function: Function, **options: Any) -> Function:
