@@ -170,8 +170,9 @@ class Rounding(NamedTuple):
     stored for it, were it rounded to nearest under the stored scales: no error is over half of it. It is infinite for a
     code at the end of a range that may clip. None where codes are not chosen one by one (GPTQ), or not known.
 
-    `levels(largest)` says how blocks of `size` values of a row are rounded to a codebook, given the largest magnitude
-    of each, float32 `[blocks, 1]`: for a loop that does it on the way. None for all else.
+    `levels(largest)` says how blocks of `rows` rows and `size` columns are rounded, given the largest magnitude of
+    each, float32 `[blocks, 1]`: for a loop that does it on the way. The last block of a row may be shorter. A `size`
+    of 0 is all that is rounded at once. None where more must be known, or blocks run on across rows.
     """
 
     nearest: Callable[[LogicalTensor, torch.Tensor, float | None], torch.Tensor]
@@ -183,26 +184,44 @@ class Rounding(NamedTuple):
     size: int = 1
 
 
+class Integers(NamedTuple):
+    """Integers from `low` to `high`; a half goes to the even one."""
+
+    low: float
+    high: float
+
+
+class Floats(NamedTuple):
+    """Floats up to `top` with so many bits of mantissa, subnormal below 2**least; a half goes to the even one."""
+
+    top: float
+    mantissa: int
+    least: int
+    dtype: str
+
+
 class Levels(NamedTuple):
-    """How blocks are rounded to a codebook: w becomes `scale * table[(w * step + entries / 2)]`, cut to the table.
+    """How blocks are rounded: w becomes `scale` times the one of `among` that is nearest to `w * step`.
+
+    A table has the level nearest to each place of its range: w becomes `scale * among[w * step + entries / 2]`.
 
     steps, scales  # (blocks, 1) float32
-    table          # (entries,) float32, an odd number: the level nearest to each place of its range
+    among          # (entries,) float32, an odd number, where it is a table
     """
 
     steps: torch.Tensor
     scales: torch.Tensor
-    table: torch.Tensor
+    among: torch.Tensor | Integers | Floats
 
 
 class Coded(NamedTuple):
     """Rows of values as codes, for a loop that decodes and compares at once; a `Coder` gives None where it cannot.
 
-    Value i of a row is `(table[code i] - zeros[row, g]) * scales[row, g] + shifts[row, g]`, where g = i // size, in
-    float32, each operation rounded; None is left out. Rows lie one behind the other.
+    Value i of a row is `((table[code i] - zeros[row, g]) * scales[row, g] + shifts[row, g]) * factor`, where g is
+    i // size, in float32, each operation rounded; None is left out. Rows lie one behind the other.
 
     codes                  # (rows * columns / width,) uint8, each of `width` values, in their order
-    table                  # (256, width) float32; None: the codes are the numbers, of any dtype of one byte
+    table                  # (256, width) float32; None: the codes are the numbers, int8, uint8 or floats of one byte
     scales, zeros, shifts  # (rows, ceil(columns / size)) float32
     """
 
@@ -212,6 +231,7 @@ class Coded(NamedTuple):
     size: int
     zeros: torch.Tensor | None = None
     shifts: torch.Tensor | None = None
+    factor: float = 1.0
 
     def rows(self, start: int, stop: int) -> Coded:
         """Return some of the rows, each of whole codes."""

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import torch
 
-from pytest_quantcheck import assert_dequant_fidelity, inspect
+from pytest_quantcheck import assert_dequant_fidelity, compiled, inspect
 from pytest_quantcheck.artifact import Artifact
 from pytest_quantcheck.checks.fidelity import sqnr_db
 from pytest_quantcheck.checks.views import scaled
@@ -257,14 +257,16 @@ def test_steps_by_hand(tmp_path):
 # The types that ggml searches: written by its own C code, without and with an importance matrix.
 
 
+@pytest.mark.parametrize("loops", [False, True], ids=["torch", "compiled"])
 @pytest.mark.parametrize("name", file.read("ggml_search"))
-def test_what_ggml_searches_is_predicted(name, tmp_path):
+def test_what_ggml_searches_is_predicted(name, loops, tmp_path):
     found = file.read("ggml_search")[name]
     reference = weights("student-t", *found.values.shape)
     tensor = gguf_tensor(
         found.record["type"], tuple(reference.shape), found.tensors["blocks"].numpy().tobytes(), tmp_path
     )
-    measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
+    with compiled.used(loops):
+        measured, expected = db(tensor.decode(), reference), db(predicted(tensor, reference), reference)
     print(f"{name:15} {measured:.2f} predicted {expected:.2f}")
     if name.endswith("imatrix"):
         assert measured >= expected - tensor.rounding.margin_db

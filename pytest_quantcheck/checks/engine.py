@@ -256,7 +256,7 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
     exact = not tensor.quantized and tensor.stored.dtype in CASTS and not views.is_scaled(reference)
     for low, high in _strips(slab, tensor, reference):
         for start, ours, theirs in _sides(slab, tensor, reference, low, high):
-            at_once = _at_once(slab, tensor, ours, theirs, start)
+            at_once = _at_once(slab, tensor, ours, theirs, start, largest)
             if at_once is not None:
                 yield start, at_once
                 continue
@@ -272,15 +272,21 @@ def _windows(slab: Slab) -> Iterator[tuple[int, window.Rows]]:
 
 
 def _at_once(
-    slab: Slab, tensor: LogicalTensor, ours: Coded | torch.Tensor, theirs: torch.Tensor, start: int
+    slab: Slab,
+    tensor: LogicalTensor,
+    ours: Coded | torch.Tensor,
+    theirs: torch.Tensor,
+    start: int,
+    largest: float | None,
 ) -> window.Rows | None:
     """What a window has where one loop decodes and compares it; None where that cannot be, or values look weak."""
     rounding = tensor.rounding
     rounded = rounding if _is_turn(slab, tensor, start) else None
-    cannot_round = rounded is not None and (rounded.levels is None or tensor.columns % rounded.size)
+    cannot_round = rounded is not None and rounded.levels is None
     if not isinstance(ours, Coded) or slab.in_steps or cannot_round:
         return None
-    found = window.measure_coded(ours, theirs, rounded, block=tensor.block or window.SHORT, first=start)
+    block = tensor.block or window.SHORT
+    found = window.measure_coded(ours, theirs, rounded, largest, block=block, first=start)
     return None if found is None or (found.weak and rounded is not rounding) else found
 
 
@@ -372,8 +378,14 @@ def _largest(reference: LogicalTensor, device: str) -> float:
     found = 0.0
     for start, stop in reference.windows(WINDOW):
         values = reference.decode(start, stop, device)
-        found = max(found, float(values.abs().max())) if values.numel() else found
+        found = max(found, float(_magnitude(values))) if values.numel() else found
     return found
+
+
+def _magnitude(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of a window."""
+    loops = compiled.loops("windows")
+    return values.abs().max() if loops is None else loops.largest_of_blocks(values.reshape(1, -1))
 
 
 def _fidelity(tensor: LogicalTensor, parts: list[Measured]) -> Fidelity:

@@ -74,9 +74,9 @@ def measure(
 
 
 def measure_coded(
-    coded: Coded, reference: torch.Tensor, rounding: Rounding | None, *, block: int, first: int
+    coded: Coded, reference: torch.Tensor, rounding: Rounding | None, largest: float | None, *, block: int, first: int
 ) -> Rows | None:
-    """Return the same of rows that are decoded, and rounded to nearest, on the way.
+    """Return the same of rows that are decoded, and rounded to nearest, on the way; `largest` is for `whole` formats.
 
     None where no loops are in use, or a value is not finite.
 
@@ -87,7 +87,7 @@ def measure_coded(
     loops = compiled.loops("windows")
     if loops is None:
         return None
-    sums, rounded, zeros, reference_zeros = loops.compare_coded(coded, reference, block, rounding)
+    sums, rounded, zeros, reference_zeros = loops.compare_coded(coded, reference, block, rounding, largest)
     found, more = _Compared(*sums), None if rounded is None else _Compared(*rounded)
     if not bool(torch.isfinite(found.sums).all()):
         return None

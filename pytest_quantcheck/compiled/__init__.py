@@ -1,7 +1,8 @@
 """Whether inner loops run in machine code that numba compiled, or as passes of torch over each window.
 
-    windows  what every comparison does: codes to values, sums, rounding to a codebook
+    windows  what every comparison does: codes to values, sums, rounding to nearest
     words    codes packed in integer words, one stream a row or along the other dimension
+    ggml     blocks with a scale of their own: reading ggml's, rounding to integers, the searches of its quantizers
 
 A fused loop reads a window once, where torch reads it anew for each sum. Importing numba takes half a second, and
 compiling several more where nothing is cached yet: that is for large models on a CPU. Decoded values are the same to

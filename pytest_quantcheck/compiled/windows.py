@@ -11,14 +11,21 @@ import numpy as np
 import torch
 
 from pytest_quantcheck.compiled.machine import adding, machine_code
+from pytest_quantcheck.tensor import Floats, Integers
 
 if TYPE_CHECKING:
-    from pytest_quantcheck.tensor import Coded, Rounding
+    from pytest_quantcheck.tensor import Coded, Levels, Rounding
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # of rows, signal and noise of blocks, the largest error
 
+Factors = tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]  # zero points, scales, shifts; what multiplies all
+Among = tuple[np.ndarray, np.float32, np.float32, np.int32, np.int32]  # of levels: a table; low, high; finer, least
+
 STRETCH = 1024  # values that stay in the innermost cache
 MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign; as integers, magnitudes have the same order
+EXPONENT = np.int32(0x7F800000)
+SIGN = np.int32(-0x80000000)
+MANTISSA = 23  # bits of it
 ZERO = np.float32(0)
 
 
@@ -34,11 +41,12 @@ def compare(values: torch.Tensor, reference: torch.Tensor, block: int) -> Sums:
 
 
 def compare_coded(
-    coded: Coded, reference: torch.Tensor, block: int, rounding: Rounding | None = None
+    coded: Coded, reference: torch.Tensor, block: int, rounding: Rounding | None = None, whole: float | None = None
 ) -> tuple[Sums, Sums | None, int, int]:
     """Return the same of codes, decoded on the way, and how many zeros there are on either side.
 
-    `rounding` is tried on the reference on the way too: its `levels` must be known, and rows be full blocks of it.
+    `rounding` is tried on the reference on the way too: its `levels` must be known. `whole` is the largest magnitude
+    where that is of the whole tensor.
 
     reference  # (rows, columns) float32, or bfloat16 as it is stored
     """
@@ -50,7 +58,7 @@ def compare_coded(
     sums, blocks = _empty_sums(reference, block)
     rounded_sums, rounded_blocks = _empty_sums(reference, block) if rounding else _NONE
     largest, zeros, reference_zeros = _coded(
-        coded.codes.view(torch.uint8).numpy(),
+        _codes(coded),
         table.numpy(),
         _factors(coded),
         coded.size,
@@ -60,7 +68,7 @@ def compare_coded(
         (ours.numpy(), ours.view(table.dtype).numpy()),
         (theirs.numpy(), theirs.view(torch.int32).numpy()),
         (sums.numpy(), blocks.numpy()),
-        *_rounded(words, shift, rounding),
+        *_rounded(words, shift, rounding, whole),
         (rounded_sums.numpy(), rounded_blocks.numpy()),
     )
     rounded = (rounded_sums, rounded_blocks[:1], rounded_blocks[1:], 0.0) if rounding else None
@@ -80,40 +88,71 @@ def decode(coded: Coded) -> torch.Tensor:
     table, rows = _table(coded), len(coded.scales)
     values = torch.empty((rows, coded.codes.numel() * table.itemsize // 4 // max(1, rows)))
     entries = values.view(-1).view(table.dtype)
-    codes = coded.codes.view(torch.uint8)
-    _decode(codes.numpy(), table.numpy(), _factors(coded), coded.size, (values.numpy(), entries.numpy()))
+    _decode(_codes(coded), table.numpy(), _factors(coded), coded.size, (values.numpy(), entries.numpy()))
     return values
 
 
 def _table(coded: Coded) -> torch.Tensor:
-    """The entries of a table, two values as one of twice the width; none where bytes are the numbers."""
-    if coded.table is None and coded.codes.dtype == torch.uint8:
-        return torch.empty(0)
+    """The entries of a table, two values as one of twice the width; none where codes are integers."""
     if coded.table is None:
-        return torch.arange(256, dtype=torch.uint8).view(coded.codes.dtype).to(torch.float32)
+        return _values_of_bytes(coded.codes.dtype) if coded.codes.is_floating_point() else torch.empty(0)
     table = coded.table.contiguous()
     return (table.view(torch.float64) if table.shape[1] == 2 else table).view(-1)
 
 
-def _factors(coded: Coded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zero points, scales and shifts; without columns where there are none."""
-    return tuple(
+def _values_of_bytes(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
+
+
+def _codes(coded: Coded) -> np.ndarray:
+    codes = coded.codes.view(torch.uint8) if coded.codes.is_floating_point() else coded.codes
+    return codes.numpy()
+
+
+def _factors(coded: Coded) -> Factors:
+    """Zero points, scales and shifts, without columns where there are none; and what multiplies all."""
+    zeros, scales, shifts = (
         _NONE[1].numpy() if factors is None else factors.contiguous().numpy()
         for factors in (coded.zeros, coded.scales, coded.shifts)
-    )  # type: ignore[return-value]  # as many as there are
+    )
+    return zeros, scales, shifts, np.float32(coded.factor)
 
 
 def _rounded(
-    words: torch.Tensor, shift: int, rounding: Rounding | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Steps, scales and the table of a rounding, and the size of its blocks; 0 where nothing is rounded."""
+    words: torch.Tensor, shift: int, rounding: Rounding | None, whole: float | None
+) -> tuple[np.ndarray, np.ndarray, Among, tuple[int, int]]:
+    """Steps and scales of a rounding, what is rounded to, and the rows and columns of its blocks; 0: nothing is."""
     if rounding is None or rounding.levels is None:
-        nothing = _NONE[1][0].numpy()
-        return nothing, nothing, nothing, 0
-    found = torch.empty((words.numel() // rounding.size, 1))
-    _largest_of_blocks(words.view(-1, rounding.size).numpy(), shift, found.view(torch.int32).numpy())
-    levels = rounding.levels(found)
-    return levels.steps.view(-1).numpy(), levels.scales.view(-1).numpy(), levels.table.numpy(), rounding.size
+        return _NONE[1].numpy(), _NONE[1].numpy(), _among(Integers(0, 0)), (0, 0)
+    rows, columns = words.shape
+    height, width = (rounding.rows, rounding.size) if rounding.size else (rows, columns)
+    found = torch.full((-(-rows // height), -(-columns // width)), whole or 0.0)
+    if whole is None:
+        _largest_of_blocks(words.numpy(), shift, height, width, found.view(torch.int32).numpy())
+    levels = rounding.levels(found.view(-1, 1))
+    steps, scales = (values.reshape(found.shape).numpy() for values in (levels.steps, levels.scales))
+    return steps, scales, _among(levels.among), (height, width)
+
+
+def _among(levels: torch.Tensor | Integers | Floats) -> Among:
+    nothing, none, zero = _NONE[1][0].numpy(), np.float32(0), np.int32(0)
+    if isinstance(levels, Integers):
+        return nothing, np.float32(levels.low), np.float32(levels.high), zero, zero
+    if isinstance(levels, Floats):
+        top, exponent = np.float32(levels.top), np.float32(2.0**levels.least).view(np.int32)
+        return nothing, -top, top, np.int32(MANTISSA - levels.mantissa << MANTISSA), exponent
+    return levels.numpy(), none, none, zero, zero
+
+
+def small_floats(values: torch.Tensor) -> torch.Tensor:
+    """Return floats of one byte as float32.
+
+    ->  # as `values`
+    """
+    found = torch.empty(values.shape)
+    entries = _values_of_bytes(values.dtype).numpy()
+    _look_up(values.contiguous().view(-1).view(torch.uint8).numpy(), entries, found.view(-1).numpy())
+    return found
 
 
 def count_zeros(values: torch.Tensor) -> int:
@@ -121,16 +160,16 @@ def count_zeros(values: torch.Tensor) -> int:
     return _zeros(values.contiguous().view(-1).numpy())
 
 
-def look_up_pairs(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the two values of each byte.
+def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return the one or two values of each byte.
 
     codes  # (n,) uint8
-    table  # (256, 2)
-    ->     # (n, 2)
+    table  # (256, width) float32
+    ->     # (n, width)
     """
-    found = torch.empty((len(codes), 2))
-    entries = table.contiguous().view(torch.float64).view(-1)
-    _look_up(codes.numpy(), entries.numpy(), found.view(torch.float64).view(-1).numpy())
+    found = torch.empty((len(codes), table.shape[1]))
+    entry = torch.float64 if table.shape[1] == 2 else torch.float32
+    _look_up(codes.numpy(), table.contiguous().view(entry).view(-1).numpy(), found.view(entry).view(-1).numpy())
     return found
 
 
@@ -150,21 +189,21 @@ def largest_of_blocks(blocks: torch.Tensor) -> torch.Tensor:
     ->      # (n, 1)
     """
     found = torch.empty((len(blocks), 1))
-    _largest_of_blocks(blocks.contiguous().view(torch.int32).numpy(), 0, found.view(torch.int32).numpy())
+    words = blocks.contiguous().view(torch.int32).numpy()
+    _largest_of_blocks(words, 0, 1, max(1, blocks.shape[1]), found.view(torch.int32).numpy())
     return found
 
 
-def look_up_nearest(blocks: torch.Tensor, steps: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Return the entry of a table that is nearest to each value times the step of its block; 0 is its middle.
+def nearest(blocks: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """Return what is nearest to each value times the step of its block.
 
     blocks  # (n, size) float32
-    steps   # (n, 1) float32
-    table   # (entries,) float32, an odd number
     ->      # (n, size)
     """
-    found = torch.empty_like(blocks, memory_format=torch.contiguous_format)
-    _nearest_of_blocks(blocks.contiguous().numpy(), steps.contiguous().numpy(), table.numpy(), found.numpy())
-    return found
+    found = blocks.mul(levels.steps).contiguous()
+    _nearest_of_all(found.view(-1).numpy(), _among(levels.among))
+    one_zero = isinstance(levels.among, Floats) and levels.among.dtype.endswith("fnuz")
+    return found.add_(0.0) if one_zero else found  # -0.0 + 0.0 is 0.0
 
 
 def _float(bits: np.int32) -> float:
@@ -187,7 +226,7 @@ def _compare(values: np.ndarray, reference: np.ndarray, block: int, sums: np.nda
 def _coded(
     codes: np.ndarray,
     table: np.ndarray,
-    factors: tuple[np.ndarray, np.ndarray, np.ndarray],
+    factors: Factors,
     size: int,
     reference: np.ndarray,
     shift: int,
@@ -197,14 +236,16 @@ def _coded(
     found: tuple[np.ndarray, np.ndarray],
     steps: np.ndarray,
     kept: np.ndarray,
-    levels: np.ndarray,
-    rounds: int,
+    levels: Among,
+    blocks: tuple[int, int],
     rounded: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.int32, int, int]:
     largest, zeros, reference_zeros = np.int32(0), 0, 0
     rows, columns = reference.shape
     width = len(ours[0]) // len(ours[1])
     entries = np.empty(STRETCH, np.uint32)
+    height, wide = blocks
+    nothing, one = np.empty((0, 0), np.float32), np.float32(1)
     for row in range(rows):
         for start in range(0, columns, STRETCH):
             stop = min(start + STRETCH, columns)
@@ -217,14 +258,11 @@ def _coded(
             largest = max(largest, _largest(values, wanted))
             zeros += int(_few_zeros(values))
             reference_zeros += int(_few_zeros(wanted))
-            if rounds:  # in the place of the decoded values
-                group = first // rounds
-                until = (group + 1) * rounds - first
-                at = 0
-                while at < len(values):
-                    _nearest(wanted[at:until], steps[group], levels, entries, values[at:until])
-                    _multiply(values[at:until], kept[group])
-                    at, until, group = until, until + rounds, group + 1
+            if wide:  # in the place of the decoded values
+                _copy(wanted, values)
+                _place(values, row // height, start, wide, (nothing, steps, nothing, one))
+                _nearest(values, levels, entries)
+                _place(values, row // height, start, wide, (nothing, kept, nothing, one))
                 _add_up(values, wanted, row, first, block, *rounded)
     return largest, zeros, reference_zeros
 
@@ -233,7 +271,7 @@ def _coded(
 def _decode(
     codes: np.ndarray,
     table: np.ndarray,
-    factors: tuple[np.ndarray, np.ndarray, np.ndarray],
+    factors: Factors,
     size: int,
     values: tuple[np.ndarray, np.ndarray],
 ) -> None:
@@ -249,10 +287,8 @@ def _decode(
 
 
 @machine_code
-def _place(
-    values: np.ndarray, row: int, start: int, size: int, factors: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> None:
-    zeros, scales, shifts = factors
+def _place(values: np.ndarray, row: int, start: int, size: int, factors: Factors) -> None:
+    zeros, scales, shifts, factor = factors
     group = start // size
     until = (group + 1) * size - start
     at = 0
@@ -263,6 +299,8 @@ def _place(
         if shifts.size:
             _add(values[at:until], shifts[row, group])
         at, until, group = until, until + size, group + 1
+    if factor != 1:
+        _multiply(values, factor)
 
 
 @adding
@@ -319,6 +357,12 @@ def _zeros(values: np.ndarray) -> int:
 
 
 @machine_code
+def _copy(values: np.ndarray, found: np.ndarray) -> None:
+    for at in range(len(values)):
+        found[at] = values[at]
+
+
+@machine_code
 def _few_zeros(values: np.ndarray) -> np.int32:
     few = np.int32(0)
     for at in range(len(values)):
@@ -356,33 +400,67 @@ def _add(values: np.ndarray, term: float) -> None:
 
 
 @machine_code
-def _multiply(values: np.ndarray, factor: float) -> None:
+def _multiply(values: np.ndarray, factor: np.float32) -> None:
     for at in range(len(values)):
         values[at] *= factor
 
 
 @machine_code
-def _largest_of_blocks(words: np.ndarray, shift: int, found: np.ndarray) -> None:
-    for block in range(words.shape[0]):
-        largest = np.int32(0)
-        for at in range(words.shape[1]):
-            largest = max(largest, np.int32((np.int32(words[block, at]) << shift) & MAGNITUDE))
-        found[block, 0] = largest
+def _largest_of_blocks(words: np.ndarray, shift: int, height: int, width: int, found: np.ndarray) -> None:
+    for row in range(words.shape[0]):
+        for block in range(found.shape[1]):
+            some = words[row, block * width : (block + 1) * width]
+            largest = np.int32(0)
+            for at in range(len(some)):
+                largest = max(largest, np.int32((np.int32(some[at]) << shift) & MAGNITUDE))
+            before = found[row // height, block] if row % height else np.int32(0)
+            found[row // height, block] = max(largest, before)
 
 
 @machine_code
-def _nearest_of_blocks(blocks: np.ndarray, steps: np.ndarray, table: np.ndarray, found: np.ndarray) -> None:
-    entries = np.empty(blocks.shape[1], np.uint32)
-    for block in range(blocks.shape[0]):
-        _nearest(blocks[block], steps[block, 0], table, entries, found[block])
+def _nearest_of_all(values: np.ndarray, levels: Among) -> None:
+    entries = np.empty(STRETCH, np.uint32)
+    for start in range(0, len(values), STRETCH):
+        _nearest(values[start : start + STRETCH], levels, entries)
 
 
 @machine_code
-def _nearest(values: np.ndarray, step: float, table: np.ndarray, entries: np.ndarray, found: np.ndarray) -> None:
+def _nearest(values: np.ndarray, levels: Among, entries: np.ndarray) -> None:
+    table, low, high, finer, least = levels
+    if len(table):
+        _nearest_entry(values, table, entries)
+    elif finer:
+        _nearest_float(values, high, finer, least)
+    else:
+        _nearest_integer(values, low, high)
+
+
+@machine_code
+def _nearest_integer(values: np.ndarray, low: np.float32, high: np.float32) -> None:
+    for at in range(len(values)):
+        number = np.rint(values[at])
+        number = number if not number < low else low  # NaN stays
+        values[at] = number if not number > high else high
+
+
+@machine_code
+def _nearest_float(values: np.ndarray, top: np.float32, finer: np.int32, least: np.int32) -> None:
+    """Adds and subtracts the power of two whose last bit is the last one that is kept; `finer` lies between the two."""
+    for at in range(len(values)):
+        number = values[at] if not values[at] < -top else -top  # NaN stays
+        word = np.float32(number if not number > top else top).view(np.int32)
+        power = np.int32(max(np.int32(word & EXPONENT), least) + finer).view(np.float32)
+        magnitude = np.int32(word & MAGNITUDE).view(np.float32)
+        kept = np.float32(np.float32(magnitude + power) - power).view(np.int32)
+        values[at] = np.int32(kept | np.int32(word & SIGN)).view(np.float32)
+
+
+@machine_code
+def _nearest_entry(values: np.ndarray, table: np.ndarray, entries: np.ndarray) -> None:
     last, middle = np.float32(len(table) - 1), np.float32(len(table) // 2 + 0.5)
     for at in range(len(values)):
-        entry = np.float32(np.float32(values[at] * step) + middle)
+        entry = np.float32(values[at] + middle)
         entry = entry if entry > ZERO else ZERO  # NaN too
         entries[at] = np.int32(entry if entry < last else last)
     for at in range(len(values)):
-        found[at] = table[entries[at]]
+        values[at] = table[entries[at]]

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_quantcheck.errors import FormatError, NotDecodable
-from pytest_quantcheck.schemes import rounding, steps
+from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Reading, Scheme, joined
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -66,14 +66,16 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    import torch
+    return packing.expand(coded(tensor, start, stop, device), tensor.columns)
 
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     if not tensor.has("SCB"):
         raise NotDecodable("its parameter lost `SCB` and its module has none: the scale is gone", tensor=tensor.name)
     codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
     scale = tensor.part("SCB").load(start, stop, device)  # (rows,)
-    values = codes.to(torch.float32).view(stop - start, tensor.columns)
-    return values.mul_(scale.view(-1, 1)).mul_(ONE_OVER_127)
+    return Coded(codes, None, scale.view(-1, 1), tensor.columns, factor=ONE_OVER_127)
 
 
 def alternatives(tensor: LogicalTensor) -> Iterator[Reading]:
@@ -117,6 +119,7 @@ SCHEME = Scheme(
         "bitsandbytes.Int8Params": expose,
     },
     alternatives=alternatives,
+    coders={decode: coded},
     source="bitsandbytes 0.50.2, functional.py and nn/modules.py",
     verified="bitsandbytes 0.50.2",
 )

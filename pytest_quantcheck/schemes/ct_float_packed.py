@@ -22,7 +22,7 @@ from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import config_groups, packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -93,20 +93,33 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
 
     layout = tensor.layout
     assert isinstance(layout, Layout)
+    packed = coded(tensor, start, stop, device)
+    if packed is not None:
+        return packing.expand(packed, tensor.columns)
     row = tensor.stored.shape[-1]
-    raw = tensor.stored.load_bytes(start * row, stop * row, device)
-    if layout.bits == 4:
-        values = packing.e2m1_values(raw).view(stop - start, tensor.columns)
-    else:
-        table = torch.tensor(packing.small_float_table(2, 3), device=device)
-        values = table[packing.row_codes(raw.view(stop - start, row), layout.bits, tensor.columns)]
-    groups = tensor.columns // layout.group
-    scale = tensor.part("weight_scale")
+    raw = tensor.stored.load_bytes(start * row, stop * row, device).view(stop - start, row)
+    table = torch.tensor(packing.small_float_table(2, 3), device=device)
+    values = table[packing.row_codes(raw, layout.bits, tensor.columns)]
+    return packing.scale_groups(values, _scales(tensor, layout, start, stop, device), layout.group)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where two are in a byte."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if layout.bits != 4:
+        return None
+    codes = packing.e2m1_codes(tensor.stored, start * tensor.columns, stop * tensor.columns, device)
+    return Coded(*codes, _scales(tensor, layout, start, stop, device), layout.group)
+
+
+def _scales(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
+    """The scales of rows as float32, those of nvfp4 divided by the one above them."""
+    groups, scale = tensor.columns // layout.group, tensor.part("weight_scale")
     scales = scale.load(start * groups, stop * groups, device).view(stop - start, groups)
     if scale.dtype in EXPONENTS:
-        return packing.scale_groups(values, packing.powers_of_two(scales), layout.group)
-    share = packing.per_matrix(tensor, "weight_global_scale", slice(start, stop), device)
-    return packing.scale_groups(values, scales.to(torch.float32) / share, layout.group)
+        return packing.powers_of_two(scales)
+    return packing.as_float32(scales) / packing.per_matrix(tensor, "weight_global_scale", slice(start, stop), device)
 
 
 def _layout(packed: StoredTensor, scale: StoredTensor) -> tuple[str, Layout, float | None]:
@@ -140,6 +153,7 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("weight_packed",),
     methods=METHODS,
+    coders={decode: coded},
     source="compressed-tensors 0.20.0, compressors/nvfp4, compressors/mxfp4 and compressors/mxfp6",
     verified="compressed-tensors 0.20.0",
 )

@@ -29,7 +29,7 @@ from pytest_quantcheck.dtypes import DTYPES
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import config_groups, packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,6 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    import torch
-
     layout = tensor.layout
     assert isinstance(layout, Layout)
     scale = tensor.part("weight_scale")
@@ -118,15 +116,34 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
         raise NotDecodable(what, tensor=tensor.name)
     rows = slice(start, stop)
     codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    values = codes.to(torch.float32).view(stop - start, tensor.columns)
-    scales = packing.grid_rows(scale, layout.grid, rows, device)
-    scales = packing.powers_of_two(scales) if scale.dtype in EXPONENTS else scales.to(torch.float32)
+    values = packing.as_float32(codes).view(stop - start, tensor.columns)
+    scales = _scales(scale, layout.grid, rows, device)
     scattered = tensor.has("weight_g_idx")
     index = packing.group_index(tensor.part("weight_g_idx"), scales.shape[1], device) if scattered else None
     if tensor.has("weight_zero_point"):
-        zeros = packing.grid_rows(tensor.part("weight_zero_point"), layout.grid, rows, device).to(torch.float32)
+        zeros = packing.as_float32(packing.grid_rows(tensor.part("weight_zero_point"), layout.grid, rows, device))
         values = packing.shift_groups(values, zeros, layout.width) if index is None else values.sub_(zeros[:, index])
     return packing.scale_groups(values, scales, layout.width) if index is None else values.mul_(scales[:, index])
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where there are only scales beside them, in the order of columns."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if layout.grid is None or tensor.has("weight_zero_point") or tensor.has("weight_g_idx"):
+        return None
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    return Coded(
+        codes, None, _scales(tensor.part("weight_scale"), layout.grid, slice(start, stop), device), layout.width
+    )
+
+
+def _scales(stored: StoredTensor, grid: packing.Grid, rows: slice, device: str) -> torch.Tensor:
+    """The scales of each row of a window, as float32."""
+    import torch
+
+    scales = packing.grid_rows(stored, grid, rows, device)
+    return packing.powers_of_two(scales) if stored.dtype in EXPONENTS else scales.to(torch.float32)
 
 
 def expose_row_scales(owner: Any, name: str) -> Mapping[str, Any] | None:
@@ -231,6 +248,7 @@ SCHEME = Scheme(
     methods=METHODS,
     live={"transformers.CompressedTensorsFP8Linear": expose_row_scales},
     refuse=refuse,
+    coders={decode: coded},
     source="compressed-tensors 0.20.0, compressors/naive_quantized and compressors/mxfp8",
     verified="compressed-tensors 0.20.0",
 )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +89,16 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` of a linear layer as float32."""
-    scales = tensor.part("weight_scale").load(start, stop, device)
-    return _codes(tensor, start, stop, device).mul_(scales.view(-1, 1))
+    return packing.expand(coded(tensor, start, stop, device), tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` of a linear layer as codes."""
+    import torch
+
+    codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
+    scales = tensor.part("weight_scale").load(start, stop, device).to(torch.float32)
+    return Coded(codes, None, scales.view(-1, 1), tensor.columns)
 
 
 def decode_experts(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
@@ -98,14 +106,8 @@ def decode_experts(tensor: LogicalTensor, start: int, stop: int, device: str) ->
     rows = tensor.shape[-2]
     grid = packing.Grid(1, tensor.columns, rows, rows)
     scales = packing.grid_rows(tensor.part("weight_scale"), grid, slice(start, stop), device)
-    return _codes(tensor, start, stop, device).mul_(scales)
-
-
-def _codes(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
-    import torch
-
     codes = tensor.stored.load(start * tensor.columns, stop * tensor.columns, device)
-    return codes.to(torch.float32).view(stop - start, tensor.columns)
+    return packing.as_float32(codes).view(stop - start, tensor.columns).mul_(scales)
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
@@ -132,6 +134,7 @@ SCHEME = Scheme(
     methods=(METHOD,),
     live={"transformers.FbgemmFp8Linear": expose, "transformers.FbgemmFp8Llama4TextExperts": expose},
     refuse=refuse,
+    coders={decode: coded},
     source="transformers 5.17.0, integrations/fbgemm_fp8.py",
     verified="transformers 5.17.0",
 )

@@ -29,7 +29,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,20 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     return values[:, : tensor.columns].contiguous()
 
 
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` of mxfp4 as codes; the others are multiplied and divided once more."""
+    layout, columns = tensor.layout, tensor.columns
+    assert isinstance(layout, Layout)
+    if layout.dtype != "mxfp4" or columns % 2:
+        return None
+    width = layout.stored_columns
+    codes, pairs = packing.e2m1_codes(tensor.stored, start * width, stop * width, device)
+    codes = codes.view(-1, width // 2)[:, : columns // 2].reshape(-1)
+    blocks = -(-columns // BLOCKS[layout.dtype])
+    scales = _scales(tensor, layout, start, stop, device)[:, :blocks].contiguous()
+    return Coded(codes, pairs, scales, BLOCKS[layout.dtype])
+
+
 def _numbers(raw: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
     import torch
 
@@ -130,8 +144,6 @@ def _numbers(raw: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
 
 
 def _scales(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
-    import torch
-
     stored, columns = tensor.part(SCALES), layout.stored_columns // BLOCKS[layout.dtype]
     if layout.blocked:
         low, high = start // 128, -(-stop // 128)
@@ -139,7 +151,7 @@ def _scales(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device
         scales = packing.unblocked(tiles, columns)[start - low * 128 : stop - low * 128]
     else:
         scales = stored.load(start * columns, stop * columns, device).view(stop - start, columns)
-    return scales.to(torch.float32)
+    return packing.as_float32(scales)
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
@@ -189,6 +201,7 @@ SCHEME = Scheme(
     anchors=(VALUES,),
     methods=(METHOD,),
     live={"fouroversix.FourOverSixLinear": expose},
+    coders={decode: coded},
     source="fouroversix 1.0.5, quantize/backend.py and model/modules/linear.py",
     verified="fouroversix 1.0.5",
 )

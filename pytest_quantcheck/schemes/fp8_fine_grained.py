@@ -32,7 +32,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,11 @@ def refuse(stored: StoredTensor, namespace: Namespace) -> str | None:
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
+    return packing.expand(coded(tensor, start, stop, device), tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
     layout, columns = tensor.layout, tensor.columns
@@ -130,16 +135,12 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if layout.block is None:
         what = f"nothing says the block size of its {layout.grid[0]} x {layout.grid[1]} scales (`weight_block_size`)"
         raise NotDecodable(what, tensor=tensor.name)
-    first, last = start * columns, stop * columns
-    if layout.packed:
-        values = packing.e2m1_values(tensor.stored.load_bytes(first // 2, last // 2, device))
-    else:
-        values = tensor.stored.load(first, last, device).to(torch.float32)
+    codes = packing.e2m1_codes if layout.packed else packing.byte_codes
     stored = tensor.part("weight_scale_inv")
     grid = packing.Grid(*layout.grid, layout.rows, layout.block[0])
     scales = packing.grid_rows(stored, grid, slice(start, stop), device)
     scales = packing.powers_of_two(scales) if stored.dtype in EXPONENTS else scales.to(torch.float32)
-    return packing.scale_groups(values.view(stop - start, columns), scales, layout.block[1])
+    return Coded(*codes(tensor.stored, start * columns, stop * columns, device), scales, layout.block[1])
 
 
 def expose(owner: Any, name: str) -> Mapping[str, Any] | None:
@@ -281,6 +282,7 @@ SCHEME = Scheme(
         "transformers.FP8Embedding": expose,
     },
     refuse=refuse,
+    coders={decode: coded},
     source="transformers 5.17.0, integrations/finegrained_fp8.py; DeepSeek-V3, inference/kernel.py",
     verified="transformers 5.17.0",
 )

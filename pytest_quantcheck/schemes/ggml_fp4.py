@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.schemes import ggml_blocks, packing, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
@@ -39,16 +40,24 @@ def _mxfp4(blocks: torch.Tensor, values: torch.Tensor) -> None:
     import torch
 
     scales = torch.tensor(_E8M0_HALVES, dtype=torch.int32, device=blocks.device).view(torch.float32)
+    scale, loops = scales[blocks[:, :1].to(torch.int32)], compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_levels(blocks, 1, 16, TABLE, scale, values)
+        return
     packing.look_up_halves(blocks[:, 1:], TABLE, values.view(-1, 2, 16))
-    values.mul_(scales[blocks[:, :1].to(torch.int32)])
+    values.mul_(scale)
 
 
 def _nvfp4(blocks: torch.Tensor, values: torch.Tensor) -> None:
     import torch
 
     scales = torch.tensor([_ue4m3_half(code) for code in range(256)], device=blocks.device)
+    scale, loops = scales[blocks[:, :4].to(torch.int32)], compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_levels(blocks, 4, 8, TABLE, scale, values)
+        return
     packing.look_up_halves(blocks[:, 4:].reshape(-1, 8), TABLE, values.view(-1, 2, 8))
-    values.view(-1, 4, 16).mul_(scales[blocks[:, :4].to(torch.int32)].unsqueeze(-1))
+    values.view(-1, 4, 16).mul_(scale.unsqueeze(-1))
 
 
 def _ue4m3_half(code: int) -> float:

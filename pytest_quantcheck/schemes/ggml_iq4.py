@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.schemes import ggml_blocks, ggml_search, packing, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.ggml_search import Scales
@@ -32,8 +33,12 @@ def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
 
 
 def _iq4_nl(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    scale, loops = packing.halves(blocks, 0), compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_levels(blocks, 2, 16, TABLE, scale, values)
+        return
     packing.look_up_halves(blocks[:, 2:], TABLE, values.view(-1, 2, 16))
-    values.mul_(packing.halves(blocks, 0))
+    values.mul_(scale)
 
 
 def _iq4_xs(blocks: torch.Tensor, values: torch.Tensor) -> None:
@@ -42,6 +47,10 @@ def _iq4_xs(blocks: torch.Tensor, values: torch.Tensor) -> None:
     high = packing.shifted(blocks[:, 2:4], 2).flatten(1)  # (n, 8)
     low = packing.shifted(blocks[:, 4:8], 4).flatten(1)
     scale = packing.halves(blocks, 0) * ((low | high << 4).to(torch.float32) - 32)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_levels(blocks, 8, 16, TABLE, scale, values)
+        return
     runs = blocks[:, 8:].reshape(-1, 16)
     packing.look_up_halves(runs, TABLE, values.view(-1, 2, 16))
     values.view(-1, 8, 32).mul_(scale.unsqueeze(-1))

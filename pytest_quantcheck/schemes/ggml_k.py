@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.schemes import ggml_blocks, packing, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.ggml_search import Scales, from_least, from_zero
@@ -40,6 +41,10 @@ def claim(stored: StoredTensor, namespace: Namespace) -> LogicalTensor:
 def _q2_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
     scale = packing.halves(blocks, 80) * (blocks[:, :16] & 15)  # (n, 16)
     least = packing.halves(blocks, 82) * (blocks[:, :16] >> 4)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_two_bits(blocks, 16, scale, least, values)
+        return
     values.copy_(_two_bits(blocks[:, 16:80]).flatten(1))
     values.view(-1, 16, 16).mul_(scale.unsqueeze(-1)).sub_(least.unsqueeze(-1))
 
@@ -47,32 +52,49 @@ def _q2_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
 def _q3_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
     import torch
 
-    third = _single_bits(blocks[:, :32])  # (n, 8, 32)
     low, high = blocks[:, 96:104], blocks[:, 104:108]
     low = packing.shifted(low, 4).transpose(1, 2).reshape(-1, 16)
     high = packing.shifted(high, 2).transpose(1, 2).reshape(-1, 16)
     scale = packing.halves(blocks, 108) * ((low | high << 4).to(torch.float32) - 32)  # (n, 16)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_two_bits(blocks, 32, scale, None, values)
+        return
+    third = _single_bits(blocks[:, :32])  # (n, 8, 32)
     codes = _two_bits(blocks[:, 32:96]).view(-1, 8, 32) | third << 2
     values.copy_(codes.view(-1, 256)).sub_(4)
     values.view(-1, 16, 16).mul_(scale.unsqueeze(-1))
 
 
 def _q4_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
-    codes = values.view(-1, 4, 2, 32)
-    _nibbles(blocks[:, 16:].view(-1, 4, 32), codes)
-    _scale_k(blocks, values)
+    scale, least = _scales_k(blocks)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_nibbles(blocks, 16, 32, 0, scale, least, values)
+        return
+    _nibbles(blocks[:, 16:].view(-1, 4, 32), values.view(-1, 4, 2, 32))
+    values.view(-1, 8, 32).mul_(scale.unsqueeze(-1)).sub_(least.unsqueeze(-1))
 
 
 def _q5_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    scale, least = _scales_k(blocks)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_q5_k(blocks, scale, least, values)
+        return
     _nibbles(blocks[:, 48:].view(-1, 4, 32), values.view(-1, 4, 2, 32))
     values.add_(_single_bits(blocks[:, 16:48]).flatten(1), alpha=16)
-    _scale_k(blocks, values)
+    values.view(-1, 8, 32).mul_(scale.unsqueeze(-1)).sub_(least.unsqueeze(-1))
 
 
 def _q6_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
     import torch
 
     scale = packing.halves(blocks, 208) * blocks[:, 192:208].view(torch.int8)  # (n, 16)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_q6_k(blocks, scale, values)
+        return
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     _nibbles(blocks[:, :128].view(-1, 2, 64), codes.view(-1, 2, 2, 64))
     codes.view(-1, 2, 4, 32).bitwise_or_(_two_bits(blocks[:, 128:192]) << 4)
@@ -114,16 +136,22 @@ def _single_bits(packed: torch.Tensor) -> torch.Tensor:
     return (packed.unsqueeze(1) >> shifts) & 1
 
 
-def _scale_k(blocks: torch.Tensor, values: torch.Tensor) -> None:
-    """Apply the scales and minima of Q4_K and Q5_K: 6 bits each, the upper two of the last four beside the first."""
+def _scales_k(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales and minima of Q4_K and Q5_K: 6 bits each, the upper two of the last four beside the first.
+
+    blocks  # (n, bytes) uint8
+    ->      # (n, 8) twice
+    """
     import torch
 
+    scale, least = packing.halves(blocks, 0), packing.halves(blocks, 2)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        return loops.scales_k(blocks, scale, least)  # type: ignore[no-any-return]
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scale = torch.cat((first & 63, (third & 15) | (first >> 2 & 48)), dim=1)  # (n, 8)
-    least = torch.cat((second & 63, (third >> 4) | (second >> 2 & 48)), dim=1)
-    sub_blocks = values.view(-1, 8, 32)
-    sub_blocks.mul_((packing.halves(blocks, 0) * scale).unsqueeze(-1))
-    sub_blocks.sub_((packing.halves(blocks, 2) * least).unsqueeze(-1))
+    scales = torch.cat((first & 63, (third & 15) | (first >> 2 & 48)), dim=1)
+    minima = torch.cat((second & 63, (third >> 4) | (second >> 2 & 48)), dim=1)
+    return scale * scales, least * minima
 
 
 def _rounding(to_code: Round, bits: int, span: Span) -> Rounding:

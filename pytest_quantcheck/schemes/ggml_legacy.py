@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pytest_quantcheck import compiled
 from pytest_quantcheck.schemes import ggml_blocks, packing, rewritten, rounding, steps
 from pytest_quantcheck.schemes.ggml_blocks import BlockType
 from pytest_quantcheck.schemes.rounding import Round
@@ -54,24 +55,44 @@ def _codes(blocks: torch.Tensor, first: int, change: rewritten.Change) -> torch.
 
 
 def _q4_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    scale = packing.halves(blocks, 0)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_nibbles(blocks, 2, 16, 8, scale, None, values)
+        return
     _nibbles(blocks[:, 2:], values)
-    values.sub_(8).mul_(packing.halves(blocks, 0))
+    values.sub_(8).mul_(scale)
 
 
 def _q4_1(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    scale, least = packing.halves(blocks, 0), packing.halves(blocks, 2)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_nibbles(blocks, 4, 16, 0, scale, -least, values)
+        return
     _nibbles(blocks[:, 4:], values)
-    values.mul_(packing.halves(blocks, 0)).add_(packing.halves(blocks, 2))
+    values.mul_(scale).add_(least)
 
 
 def _q5_0(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    scale = packing.halves(blocks, 0)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_five(blocks, 2, 16, scale, None, values)
+        return
     _nibbles(blocks[:, 6:], values)
-    values.add_(_bits(blocks[:, 2:6]), alpha=16).sub_(16).mul_(packing.halves(blocks, 0))
+    values.add_(_bits(blocks[:, 2:6]), alpha=16).sub_(16).mul_(scale)
 
 
 def _q5_1(blocks: torch.Tensor, values: torch.Tensor) -> None:
+    scale, least = packing.halves(blocks, 0), packing.halves(blocks, 2)
+    loops = compiled.loops("ggml")
+    if loops is not None:
+        loops.unpack_five(blocks, 4, 0, scale, -least, values)
+        return
     _nibbles(blocks[:, 8:], values)
     values.add_(_bits(blocks[:, 4:8]), alpha=16)
-    values.mul_(packing.halves(blocks, 0)).add_(packing.halves(blocks, 2))
+    values.mul_(scale).add_(least)
 
 
 def _q8_0(blocks: torch.Tensor, values: torch.Tensor) -> None:

@@ -56,7 +56,9 @@ def _from_least(
     scale, least = _fit_line(parts, codes, spreads, absolute=absolute)
     shape = (len(blocks), -1)
     scale, least = (_small_integers(found.view(shape), scales.top).view(-1, 1) for found in (scale, -least))
-    inverse = _inverse(scale)
+    inverse, loops = _inverse(scale), rounding.block_loops(parts)
+    if loops is not None:
+        return loops.round_to_codes(parts, 0, codes, inverse, scale, (-least, -least)).view(blocks.shape)  # type: ignore[no-any-return]
     values = (parts + least).mul_(inverse).round_().clamp_(0, codes).mul_(scale).sub_(least)
     return values.reshape(blocks.shape)
 
@@ -71,6 +73,9 @@ def _fit_line(
     """
     import torch
 
+    loops = rounding.block_loops(parts)
+    if loops is not None:
+        return loops.fit_lines(parts, codes, spreads, absolute=absolute)  # type: ignore[no-any-return]
     weight = parts.abs()
     if not absolute:
         weight = weight.add_(parts.square().mean(dim=1, keepdim=True).sqrt_())
@@ -135,6 +140,9 @@ def _from_zero(
         unit = _extreme(fitted) / -scales.top
         codes = (fitted * _inverse(unit)).round_().clamp_(-scales.top, scales.top - 1)
         scale = codes.mul_(unit.to(torch.float16)).view(-1, 1)
+    loops = rounding.block_loops(parts)
+    if loops is not None:
+        return loops.round_to_levels(parts, levels, _inverse(scale), scale).view(blocks.shape)  # type: ignore[no-any-return]
     return _to_level(parts * _inverse(scale), levels).mul_(scale).reshape(blocks.shape)
 
 
@@ -142,6 +150,9 @@ def _fit_scale(parts: torch.Tensor, levels: tuple[int, ...], spreads: tuple[floa
     """Return the scale of each part, by the spread that leaves the least error under weights of x * x."""
     import torch
 
+    loops = rounding.block_loops(parts)
+    if loops is not None:
+        return loops.fit_scales(parts, levels, spreads, refined)  # type: ignore[no-any-return]
     most = _extreme(parts)
     weight = parts.square()
     weighted = weight * parts

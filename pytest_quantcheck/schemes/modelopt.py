@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, Rounding, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -125,14 +125,31 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if layout.grid is None:
         raise NotDecodable(f"nothing says the blocks of its scales {list(stored.shape)}", tensor=tensor.name)
     values = _codes(tensor, layout, window, device)
-    scales = packing.grid_rows(stored, layout.grid, window, device)
-    scales = packing.powers_of_two(scales) if stored.dtype == "U8" else scales.to(torch.float32)
-    if layout.code == "e2m1" and tensor.has("weight_scale_2"):
-        scales = scales * packing.per_matrix(tensor, "weight_scale_2", window, device)
-    packing.scale_groups(values, scales, layout.width)
+    packing.scale_groups(values, _scales(tensor, layout, layout.grid, window, device), layout.width)
     if tensor.has("pre_quant_scale"):
         values.mul_(tensor.part("pre_quant_scale").load(device=device).to(torch.float32))
     return values
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where bytes lie along them and nothing was smoothed."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if layout.grid is None or layout.packed_rows or tensor.has("pre_quant_scale"):
+        return None
+    codes = packing.byte_codes if layout.code == "byte" else packing.e2m1_codes
+    scales = _scales(tensor, layout, layout.grid, slice(start, stop), device)
+    return Coded(*codes(tensor.stored, start * tensor.columns, stop * tensor.columns, device), scales, layout.width)
+
+
+def _scales(tensor: LogicalTensor, layout: Layout, grid: packing.Grid, window: slice, device: str) -> torch.Tensor:
+    """The scales of each row of a window, as float32, times the one above them."""
+    stored = tensor.part("weight_scale")
+    scales = packing.grid_rows(stored, grid, window, device)
+    scales = packing.powers_of_two(scales) if stored.dtype == "U8" else packing.as_float32(scales)
+    if layout.code != "e2m1" or not tensor.has("weight_scale_2"):
+        return scales
+    return scales * packing.per_matrix(tensor, "weight_scale_2", window, device)
 
 
 def _codes(tensor: LogicalTensor, layout: Layout, window: slice, device: str) -> torch.Tensor:
@@ -142,7 +159,7 @@ def _codes(tensor: LogicalTensor, layout: Layout, window: slice, device: str) ->
     columns = tensor.columns
     if layout.code == "byte":
         codes = tensor.stored.load(window.start * columns, window.stop * columns, device)
-        return codes.to(torch.float32).view(-1, columns)
+        return packing.as_float32(codes).view(-1, columns)
     if not layout.packed_rows:
         raw = tensor.stored.load_bytes(window.start * columns // 2, window.stop * columns // 2, device)
         return packing.e2m1_values(raw).view(-1, columns)
@@ -261,6 +278,7 @@ SCHEME = Scheme(
     anchors=("weight_scale",),
     methods=METHODS,
     refuse=refuse,
+    coders={decode: coded},
     source="nvidia-modelopt 0.47.0, torch/export/quant_utils.py and torch/export/unified_export_hf.py",
     verified="nvidia-modelopt 0.47.0",
 )

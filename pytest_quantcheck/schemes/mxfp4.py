@@ -25,7 +25,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError, NotDecodable
 from pytest_quantcheck.schemes import packing, rounding, steps
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -80,12 +80,28 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if not tensor.has("scales"):
         raise NotDecodable("its module was built, but not loaded: there are no scales", tensor=tensor.name)
     if not layout.transposed:
-        return _outputs(tensor, layout, slice(start, stop), slice(0, layout.width * 2), device)
+        return packing.expand(_rows(tensor, start, stop, device), tensor.columns)
     found = [
         _outputs(tensor, layout, slice(matrix * layout.outputs, (matrix + 1) * layout.outputs), inputs, device).t()
         for matrix, inputs in packing.matrix_windows(start, stop, tensor.shape[-2])
     ]
     return torch.cat(found) if found else torch.zeros((0, tensor.columns), device=device)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where rows are outputs."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if layout.permuted or layout.transposed or not tensor.has("scales"):
+        return None
+    return _rows(tensor, start, stop, device)
+
+
+def _rows(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    codes = packing.e2m1_codes(tensor.stored, start * tensor.columns, stop * tensor.columns, device)
+    groups = tensor.columns // GROUP
+    scales = tensor.part("scales").load(start * groups, stop * groups, device).view(-1, groups)
+    return Coded(*codes, packing.powers_of_two(scales), GROUP)
 
 
 def _outputs(tensor: LogicalTensor, layout: Layout, outputs: slice, inputs: slice, device: str) -> torch.Tensor:
@@ -157,6 +173,7 @@ SCHEME = Scheme(
     anchors=("_blocks", "blocks", LIVE),
     methods=("mxfp4",),
     live={"transformers.Mxfp4GptOssExperts": expose},
+    coders={decode: coded},
     source="transformers 5.17.0, integrations/mxfp4.py",
     verified="transformers 5.17.0",
 )

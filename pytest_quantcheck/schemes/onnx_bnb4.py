@@ -17,7 +17,7 @@ from pytest_quantcheck.errors import FormatError, UnknownEncoding
 from pytest_quantcheck.schemes import onnx_record, packing, rounding, steps
 from pytest_quantcheck.schemes.onnx_record import Node
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -85,12 +85,35 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if last <= first:
         return torch.empty((0, tensor.columns), device=device)
     low, high = first // layout.block, -(-last // layout.block)
-    pairs = packing.nibble_pairs(torch.tensor(layout.table, device=device), high_first=True)
-    raw = tensor.stored.load_bytes(first // 2, -(-last // 2), device)
-    values = packing.look_up(raw, pairs).view(-1)[first % 2 :][: last - first]
+    values = packing.look_up(*_pairs(tensor, layout, first, last, device)).view(-1)[first % 2 :][: last - first]
     absmax = tensor.part("absmax").load(low, high, device).to(torch.float32)
     block = torch.arange(first, last, device=device) // layout.block - low
     return (values * absmax[block]).view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where every row is full blocks and full bytes."""
+    import torch
+
+    layout, columns = tensor.layout, tensor.columns
+    assert isinstance(layout, Layout)
+    if columns % layout.block or columns % 2:
+        return None
+    blocks = columns // layout.block
+    absmax = tensor.part("absmax").load(start * blocks, stop * blocks, device).to(torch.float32)
+    return Coded(
+        *_pairs(tensor, layout, start * columns, stop * columns, device), absmax.view(-1, blocks), layout.block
+    )
+
+
+def _pairs(
+    tensor: LogicalTensor, layout: Layout, first: int, last: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes that hold some values, and the two values of each byte."""
+    import torch
+
+    pairs = packing.nibble_pairs(torch.tensor(layout.table, device=device), high_first=True)
+    return tensor.stored.load_bytes(first // 2, -(-last // 2), device), pairs
 
 
 SCHEME = Scheme(
@@ -99,6 +122,7 @@ SCHEME = Scheme(
     variants=("onnx-bnb-nf4", "onnx-bnb-fp4"),
     claim=claim,
     anchors=(onnx_record.RECORD,),
+    coders={decode: coded},
     source="onnxruntime 1.31, contrib_ops/cpu/quantization/matmul_bnb4.cc",
     verified="onnxruntime 1.31.1",
 )

@@ -89,8 +89,9 @@ def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     loops, width = compiled.loops("windows"), table.shape[1]
-    if loops is not None and width == 2 and (codes.dtype, table.dtype) == (torch.uint8, torch.float32):
-        return loops.look_up_pairs(codes.reshape(-1), table).view(*codes.shape, 2)  # type: ignore[no-any-return]
+    every_byte = codes.dtype == torch.uint8 and len(table) == 256
+    if loops is not None and every_byte and width <= 2 and table.dtype == torch.float32:
+        return loops.look_up(codes.reshape(-1), table).view(*codes.shape, width)  # type: ignore[no-any-return]
     indices = codes.to(torch.int32)
     if width == 1:
         return table.reshape(-1).index_select(0, indices.view(-1)).view(*codes.shape, 1)
@@ -286,13 +287,13 @@ def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torc
     return values
 
 
-def expand(coded: Coded) -> torch.Tensor:
+def expand(coded: Coded, columns: int = -1) -> torch.Tensor:
     """Return the values that codes stand for, float32 `[rows, columns]`; of an odd row, the other half of a byte too.
 
-    The last block may be shorter.
+    The last block may be shorter. Of no rows, nothing but `columns` says how long they are.
     """
     if not coded.codes.numel():
-        return coded.scales.new_empty((len(coded.scales), 0))
+        return coded.scales.new_empty((len(coded.scales), max(0, columns)))
     loops = compiled.loops("windows")
     if loops is not None:
         return loops.decode(coded)  # type: ignore[no-any-return]
@@ -300,14 +301,24 @@ def expand(coded: Coded) -> torch.Tensor:
     if coded.zeros is not None:
         shift_groups(values, coded.zeros, coded.size)
     scale_groups(values, coded.scales, coded.size)
-    return values if coded.shifts is None else shift_groups(values, -coded.shifts, coded.size)
+    if coded.shifts is not None:
+        shift_groups(values, -coded.shifts, coded.size)
+    return values if coded.factor == 1.0 else values.mul_(coded.factor)
 
 
 def _numbers(coded: Coded) -> torch.Tensor:
     """What codes stand for before they are scaled."""
+    return as_float32(coded.codes) if coded.table is None else look_up(coded.codes, coded.table)
+
+
+def as_float32(values: torch.Tensor) -> torch.Tensor:
+    """Return stored numbers as float32: floats of one byte from a table where loops are in use, torch casts slowly."""
     import torch
 
-    return coded.codes.to(torch.float32) if coded.table is None else look_up(coded.codes, coded.table)
+    loops = compiled.loops("windows")
+    if loops is None or not values.is_floating_point() or values.element_size() != 1:
+        return values.to(torch.float32)
+    return loops.small_floats(values)  # type: ignore[no-any-return]
 
 
 def expand_scattered(coded: Coded, groups: torch.Tensor) -> torch.Tensor:
@@ -341,7 +352,23 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """Return the float32 values of E8M0 scales, whether they come as `float8_e8m0fnu` or as bytes: 2**(e - 127)."""
     import torch
 
-    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)
+    return as_float32(exponents.view(torch.float8_e8m0fnu))
+
+
+def byte_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return stored numbers of one byte as `Coded` has them, without a table."""
+    return stored.load(start, stop, device), None
+
+
+def e2m1_codes(stored: StoredTensor, start: int, stop: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bytes of values `start` up to `stop`, E2M1 with the low nibble first, and the two values of each byte.
+
+    ->  # ((stop - start) / 2,) uint8; (256, 2)
+    """
+    import torch
+
+    table = torch.tensor(E2M1, device=device)
+    return stored.load_bytes(start // 2, stop // 2, device), nibble_pairs(table, high_first=False)
 
 
 def e2m1_values(codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:

@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pytest_quantcheck import compiled
 from pytest_quantcheck.dtypes import DTYPES
-from pytest_quantcheck.tensor import Levels, LogicalTensor, Rounding, Steps, StoredTensor
+from pytest_quantcheck.tensor import Floats, Integers, Levels, LogicalTensor, Rounding, Steps, StoredTensor
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
 ScaleKind = Literal[
@@ -76,20 +78,22 @@ def grouped(round_: Round, size: int, *, margin_db: float = 1.5, steps: Steps | 
 def flat(round_: Round, size: int, columns: int, *, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `size` values that run on across rows."""
     rows = size // math.gcd(max(1, columns), size)
-    return Rounding(partial(_flat, round_=round_, size=size), rows, steps=steps, levels=_levels_of(round_), size=size)
+    levels = None if columns % size else _levels_of(round_)
+    return Rounding(partial(_flat, round_=round_, size=size), rows, steps=steps, levels=levels, size=size)
 
 
 @lru_cache
 def tiled(round_: Round, height: int, width: int, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
     """Return the rounding of blocks of `height` rows and `width` columns."""
     nearest = partial(_tiled, round_=round_, height=height, width=width)
-    return Rounding(nearest, height, margin_db=margin_db, steps=steps)
+    return Rounding(nearest, height, margin_db=margin_db, steps=steps, levels=_levels_of(round_), size=width)
 
 
 @lru_cache
 def whole(round_: Round, *, margin_db: float = 1.5, steps: Steps | None = None) -> Rounding:
     """Return the rounding of a tensor with one scale."""
-    return Rounding(partial(_whole, round_=round_), whole=True, margin_db=margin_db, steps=steps)
+    nearest, levels = partial(_whole, round_=round_), _levels_of(round_)
+    return Rounding(nearest, whole=True, margin_db=margin_db, steps=steps, levels=levels, size=0)
 
 
 @lru_cache
@@ -127,7 +131,8 @@ def placed_floats(
     round_ = small_float(dtype, scale=scale)
     placing = placed(round_, shape, height, width, margin_db=margin_db, steps=steps)
     if placing is None or placing.whole:
-        return Rounding(partial(_whole, round_=round_), margin_db=margin_db, steps=steps)
+        nearest = partial(_whole, round_=round_)
+        return Rounding(nearest, margin_db=margin_db, steps=steps, levels=_levels_of(round_), size=0)
     return placing
 
 
@@ -155,7 +160,9 @@ def symmetric(bits: int, *, reach: float | None = None, narrow: bool = False, sc
     `narrow` leaves out the lowest code.
     """
     low, high = -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
-    return partial(_symmetric, low=low, high=high, reach=reach or (high - low) / 2, scale=scale)
+    return partial(
+        _to_levels, levels=partial(_integers, low=low, high=high, reach=reach or (high - low) / 2, scale=scale)
+    )
 
 
 @lru_cache
@@ -185,13 +192,13 @@ def from_edge(bits: int, *, scale: ScaleKind = "float32") -> Round:
 @lru_cache
 def codebook(levels: tuple[float, ...], *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to the levels of a table."""
-    return partial(_codebook, levels=levels, scale=scale)
+    return partial(_to_levels, levels=partial(_table, levels=levels, scale=scale))
 
 
 @lru_cache
 def small_float(dtype: str, *, scale: ScaleKind = "float32") -> Round:
     """Return the rounding to one of torch's 8-bit floats, by name."""
-    return partial(_small_float, dtype=dtype, scale=scale)
+    return partial(_to_levels, levels=partial(_floats, dtype=dtype, scale=scale))
 
 
 def _grouped(
@@ -241,19 +248,35 @@ def _whole(tensor: LogicalTensor, values: torch.Tensor, largest: float | None, *
     return round_(values.reshape(1, -1), largest).reshape(values.shape)
 
 
-def _symmetric(
-    blocks: torch.Tensor, largest: float | None, *, low: int, high: int, reach: float, scale: ScaleKind
-) -> torch.Tensor:
-    chosen, kept = scales(_largest(blocks, largest) / reach, scale)
-    return blocks.mul(_inverse(chosen)).round_().clamp_(low, high).mul_(kept)
-
-
 def _extreme(blocks: torch.Tensor, largest: float | None, *, low: int, scale: ScaleKind) -> torch.Tensor:
     import torch
 
-    least, most = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
-    chosen, kept = scales(torch.where(-least > most, least, most) / low, scale)
-    return blocks.mul(_inverse(chosen)).round_().clamp_(low, -low - 1).mul_(kept)
+    least, most = _range(blocks)
+    edge = torch.where(-least > most, least, most).add_(0.0)  # never -0.0
+    chosen, kept = scales(edge / low, scale)
+    return _to_codes(blocks, _inverse(chosen), low, -low - 1, kept)
+
+
+def _to_codes(blocks: torch.Tensor, inverse: torch.Tensor, low: int, high: int, kept: torch.Tensor) -> torch.Tensor:
+    loops = block_loops(blocks)
+    if loops is not None:
+        return loops.round_to_codes(blocks, low, high, inverse, kept)  # type: ignore[no-any-return]
+    return blocks.mul(inverse).round_().clamp_(low, high).mul_(kept)
+
+
+def _range(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the greatest of each block."""
+    loops = block_loops(blocks)
+    if loops is not None:
+        return loops.range_of_blocks(blocks)  # type: ignore[no-any-return]
+    return blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+
+
+def block_loops(blocks: torch.Tensor) -> ModuleType | None:
+    """Return compiled loops over blocks, each with a scale of its own, where they are in use."""
+    import torch
+
+    return compiled.loops("ggml") if blocks.dtype == torch.float32 else None
 
 
 def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
@@ -267,7 +290,7 @@ def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: 
 
 
 def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
-    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    low, high = _range(blocks)
     return _above(blocks, (high - low) / (levels - 1), low, levels, scale)
 
 
@@ -287,37 +310,52 @@ def _above(
     blocks: torch.Tensor, step: torch.Tensor, least: torch.Tensor, levels: int, scale: ScaleKind
 ) -> torch.Tensor:
     (chosen, kept), (least, kept_least) = scales(step, scale), scales(least, scale)
-    return blocks.sub(least).mul_(_inverse(chosen)).round_().clamp_(0, levels - 1).mul_(kept).add_(kept_least)
+    inverse, loops = _inverse(chosen), block_loops(blocks)
+    if loops is not None:
+        return loops.round_to_codes(blocks, 0, levels - 1, inverse, kept, (least, kept_least))  # type: ignore[no-any-return]
+    return blocks.sub(least).mul_(inverse).round_().clamp_(0, levels - 1).mul_(kept).add_(kept_least)
 
 
-def _codebook(
-    blocks: torch.Tensor, largest: float | None, *, levels: tuple[float, ...], scale: ScaleKind
+def _to_levels(
+    blocks: torch.Tensor, largest: float | None, *, levels: Callable[[torch.Tensor], Levels]
 ) -> torch.Tensor:
-    chosen = _levels(_largest(blocks, largest), levels=levels, scale=scale)
-    return _entries(blocks, chosen.steps, chosen.table).mul_(chosen.scales)
+    chosen = levels(_largest(blocks, largest))
+    return _nearest(blocks, chosen).mul_(chosen.scales)
 
 
 def _levels_of(round_: Round) -> Callable[[torch.Tensor], Levels] | None:
-    """What a rounding to a codebook makes of the largest magnitudes; None for others."""
-    if not isinstance(round_, partial) or round_.func is not _codebook:
-        return None
-    return partial(_levels, **round_.keywords)
+    """What a rounding makes of the largest magnitudes; None where it needs more than those."""
+    return round_.keywords["levels"] if isinstance(round_, partial) and round_.func is _to_levels else None
 
 
-def _levels(largest: torch.Tensor, *, levels: tuple[float, ...], scale: ScaleKind) -> Levels:
+def _integers(largest: torch.Tensor, *, low: int, high: int, reach: float, scale: ScaleKind) -> Levels:
+    chosen, kept = scales(largest / reach, scale)
+    return Levels(_inverse(chosen), kept, Integers(low, high))
+
+
+def _table(largest: torch.Tensor, *, levels: tuple[float, ...], scale: ScaleKind) -> Levels:
     top = max(map(abs, levels))
     chosen, kept = scales(largest / top, scale, top)
     return Levels(_inverse(chosen) * (REACH / top), kept, _level_table(levels).to(largest.device))
 
 
-def _small_float(blocks: torch.Tensor, largest: float | None, *, dtype: str, scale: ScaleKind) -> torch.Tensor:
+def _floats(largest: torch.Tensor, *, dtype: str, scale: ScaleKind) -> Levels:
+    kind = _floats_of(dtype)
+    chosen, kept = scales(largest / kind.top, scale, kind.top)
+    return Levels(_inverse(chosen), kept, kind)
+
+
+@lru_cache
+def _floats_of(dtype: str) -> Floats:
+    """What one of torch's 8-bit floats can say.
+
+    >>> _floats_of("float8_e4m3fn")
+    Floats(top=448.0, mantissa=3, least=-6, dtype='float8_e4m3fn')
+    """
     import torch
 
-    kind = getattr(torch, dtype)
-    top = torch.finfo(kind).max
-    chosen, kept = scales(_largest(blocks, largest) / top, scale, top)
-    codes = blocks.mul(_inverse(chosen)).clamp_(-top, top).to(kind)
-    return codes.to(torch.float32).mul_(kept)
+    said, mantissa = torch.finfo(getattr(torch, dtype)), int(dtype.partition("m")[2][0])  # `eps` of e5m2fnuz is wrong
+    return Floats(said.max, mantissa, round(math.log2(said.smallest_normal)), dtype)
 
 
 def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
@@ -327,16 +365,26 @@ def nearest_level(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tens
     ->      # (blocks, size) float32
     """
     step = values.new_full((len(values), 1), REACH / max(map(abs, levels)))
-    return _entries(values, step, _level_table(levels).to(values.device))
+    return _nearest(values, Levels(step, step, _level_table(levels).to(values.device)))
+
+
+def _nearest(values: torch.Tensor, levels: Levels) -> torch.Tensor:
+    """What is nearest to each value, multiplied by the step of its block."""
+    import torch
+
+    loops, among = compiled.loops("windows"), levels.among
+    if loops is not None and values.dtype == torch.float32:
+        return loops.nearest(values, levels)  # type: ignore[no-any-return]
+    if isinstance(among, Integers):
+        return values.mul(levels.steps).round_().clamp_(among.low, among.high)
+    if isinstance(among, Floats):
+        codes = values.mul(levels.steps).clamp_(-among.top, among.top).to(getattr(torch, among.dtype))
+        return codes.to(torch.float32)
+    return _entries(values, levels.steps, among)
 
 
 def _entries(values: torch.Tensor, steps: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The entry of the table where each value lies, multiplied by the step of its block."""
-    import torch
-
-    loops = compiled.loops("windows")
-    if loops is not None and values.dtype == torch.float32:
-        return loops.look_up_nearest(values, steps.expand(len(values), 1), table)  # type: ignore[no-any-return]
     entries = values.mul(steps).add_(REACH + 0.5).clamp_(0, 2 * REACH)
     if bool(entries.sum().isnan()):
         entries.nan_to_num_()
@@ -426,16 +474,15 @@ def _power(exponents: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 
 def _e4m3(scales: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    ones = scales.new_ones((1, 1))
+    return _nearest(scales, Levels(ones, ones, _floats_of("float8_e4m3fn")))
 
 
 def _nested(exact: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """Scales less their mean, as 8-bit codes in blocks of 256."""
     mean = exact.mean()
     blocks = _in_blocks(exact.view(1, -1) - mean, NESTED_BLOCK)
-    rounded = _codebook(blocks, None, levels=levels, scale="float32")
+    rounded = codebook(levels)(blocks, None)
     return rounded.view(-1)[: exact.numel()].view(exact.shape).add_(mean)
 
 

@@ -21,7 +21,7 @@ from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import packing, rounding, steps, torchao_metadata
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
 from pytest_quantcheck.schemes.torchao_metadata import Flattened
-from pytest_quantcheck.tensor import LogicalTensor, Rounding, StoredTensor
+from pytest_quantcheck.tensor import Coded, LogicalTensor, Rounding, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -115,37 +115,36 @@ def _check_scales(found: Flattened, shape: tuple[int, ...], layout: Layout) -> N
 
 def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.Tensor:
     """Return rows `start` up to `stop` as float32."""
-    layout = tensor.layout
-    assert isinstance(layout, Layout)
-    values = _elements(tensor, layout, start, stop, device).view(stop - start, tensor.columns)
-    scale = _scales(tensor, layout, start, stop, device)
-    packing.by_column_block(values, scale).mul_(scale.unsqueeze(-1))
-    return values
+    return packing.expand(coded(tensor, start, stop, device), tensor.columns)
 
 
-def _elements(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded:
+    """Return rows `start` up to `stop` as codes."""
     import torch
 
-    width = tensor.columns // layout.packed
-    codes = tensor.stored.load(start * width, stop * width, device)
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    first, last, scales = start * tensor.columns, stop * tensor.columns, _scales(tensor, layout, start, stop, device)
+    if layout.packed == 2:
+        return Coded(*packing.e2m1_codes(tensor.stored, first, last, device), scales, layout.block)
     if not layout.table:
-        return codes.to(torch.float32)
-    table = torch.tensor(layout.table, device=device)
-    entries = packing.nibble_pairs(table, high_first=False) if layout.packed == 2 else table.view(-1, 1)
-    return packing.look_up(codes, entries)
+        return Coded(*packing.byte_codes(tensor.stored, first, last, device), scales, layout.block)
+    table = torch.full((256, 1), torch.nan, device=device)  # of a byte that is no code
+    table[: len(layout.table), 0] = torch.tensor(layout.table, device=device)
+    return Coded(tensor.stored.load(first, last, device), table, scales, layout.block)
 
 
 def _scales(tensor: LogicalTensor, layout: Layout, start: int, stop: int, device: str) -> torch.Tensor:
-    import torch
-
     stored, blocks = tensor.part("scale"), tensor.columns // layout.block
     if layout.swizzled:
         scale = packing.unswizzled_rows(stored, blocks, start, stop, device)
     else:
         scale = stored.load(start * blocks, stop * blocks, device).view(stop - start, blocks)
-    scale = scale.to(torch.float32)
+    scale = packing.as_float32(scale)
     if not tensor.has("per_tensor_scale"):
         return scale
+    import torch
+
     outer = tensor.part("per_tensor_scale").load(device=device).to(torch.float32)
     if len(outer) == 1:
         return scale * outer
@@ -161,6 +160,7 @@ SCHEME = Scheme(
     anchors=("_qdata",),
     methods=("torchao",),
     live={"torchao.NVFP4Tensor": torchao_metadata.expose, "torchao.MXTensor": torchao_metadata.expose},
+    coders={decode: coded},
     source="torchao 0.18, prototype/mx_formats",
     verified="torchao 0.18.0",
 )

@@ -25,7 +25,7 @@ from pytest_quantcheck import strict_json
 from pytest_quantcheck.errors import FormatError
 from pytest_quantcheck.schemes import packing, rounding
 from pytest_quantcheck.schemes.scheme import Namespace, Scheme
-from pytest_quantcheck.tensor import ByteClass, LogicalTensor, Part, StoredTensor
+from pytest_quantcheck.tensor import ByteClass, Coded, LogicalTensor, Part, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +90,30 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
     if stop <= start:
         return torch.empty((0, tensor.columns), device=device)
     first, last = start * tensor.columns, stop * tensor.columns
+    lead = first % layout.block
+    values = packing.expand(_blocks(tensor, layout, first - lead, last, device)).view(-1)
+    return values[lead : lead + last - first].view(stop - start, tensor.columns)
+
+
+def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
+    """Return rows `start` up to `stop` as codes, where every row is full blocks."""
+    layout = tensor.layout
+    assert isinstance(layout, Layout)
+    if tensor.columns % layout.block:
+        return None
+    found = _blocks(tensor, layout, start * tensor.columns, stop * tensor.columns, device)
+    return found._replace(scales=found.scales.view(stop - start, -1))
+
+
+def _blocks(tensor: LogicalTensor, layout: Layout, first: int, last: int, device: str) -> Coded:
+    """The blocks from value `first`, where one starts, to the one that holds the last, as one row."""
+    import torch
+
     low, high = first // layout.block, -(-last // layout.block)
     table = tensor.part("nf4").load(device=device).to(torch.float32)
     codes = tensor.stored.load(low * layout.block // 2, high * layout.block // 2, device)
-    values = packing.look_up(codes, packing.nibble_pairs(table, high_first=True)).view(high - low, layout.block)
-    values.mul_(_scales(tensor, layout, low, high, device).view(-1, 1))
-    lead = first - low * layout.block
-    return values.view(-1)[lead : lead + last - first].view(stop - start, tensor.columns)
+    scales = _scales(tensor, layout, low, high, device).view(1, -1)
+    return Coded(codes, packing.nibble_pairs(table, high_first=True), scales, layout.block)
 
 
 def _scales(tensor: LogicalTensor, layout: Layout, low: int, high: int, device: str) -> torch.Tensor:
@@ -126,6 +143,7 @@ SCHEME = Scheme(
     claim=claim,
     anchors=("quantized_data",),
     live={"torchao.NF4Tensor": expose},
+    coders={decode: coded},
     source="torchao 0.18, nf4_tensor.py",
     verified="torchao 0.18.0",
 )

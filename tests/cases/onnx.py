@@ -570,7 +570,7 @@ CASES = [
     Case("onnx-gather-by-onnxruntime", embedding_by_onnxruntime, "onnx-int4", (11, 96), "model.embed_tokens.weight"),
     Case("onnx-bnb-nf4", bnb4(1, 9, 40, 64), "onnx-bnb-nf4", (9, 40), "w", bytes={"codes": 180, "scales": 24}),
     Case("onnx-bnb-nf4-odd", bnb4(1, 5, 33, 16), "onnx-bnb-nf4", (5, 33), "w", bytes={"codes": 83, "scales": 44}),
-    Case("onnx-bnb-fp4", bnb4(0, 9, 40, 32), "onnx-bnb-fp4", (9, 40), "w"),
+    Case("onnx-bnb-fp4", bnb4(0, 9, 96, 32), "onnx-bnb-fp4", (9, 96), "w"),
     *(Case(f"onnx-experts-{bits}-{block}{'-zeros' * zeros}", experts(bits, block, zeros=zeros), f"onnx-qmoe-{bits}",
            (3, 16, 32), "w", total=3 * 16 * 32 * 2)
       for bits in (4, 8, 2) for block in (0, 16) for zeros in (False, True)),
