@@ -249,7 +249,7 @@ class LogicalTensor(NamedTuple):
     (GPT-2's Conv1D). `paired_rows` and `shift` are undone by `decode` (see `Origin`). `floor_db` is the SQNR under
     which this encoding is broken, whatever the weights; `rounding` tells what these weights can be expected to keep.
     `cells(tensor, row, start, stop)` gives a few values without torch, where the scheme can. `copy_of` names the tensor
-    that a `tied` one repeats, where its values told so.
+    that a `tied` one repeats, where its values told so. `flat`: blocks run on across rows.
     """
 
     name: str
@@ -267,6 +267,7 @@ class LogicalTensor(NamedTuple):
     rounding: Rounding | None = None
     cells: Cells | None = None
     copy_of: str | None = None
+    flat: bool = False
 
     @property
     def params(self) -> int:

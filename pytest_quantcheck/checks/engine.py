@@ -285,8 +285,8 @@ def _at_once(
     cannot_round = rounded is not None and rounded.levels is None
     if not isinstance(ours, Coded) or slab.in_steps or cannot_round:
         return None
-    block = tensor.block or window.SHORT
-    found = window.measure_coded(ours, theirs, rounded, largest, block=block, first=start)
+    blocks = window.blocks_of(tensor)
+    found = window.measure_coded(ours, theirs, rounded, largest, blocks=blocks, first=start)
     return None if found is None or (found.weak and rounded is not rounding) else found
 
 
@@ -294,7 +294,7 @@ def _rounded_against(
     slab: Slab, tensor: LogicalTensor, decoded: torch.Tensor, wanted: torch.Tensor, largest: float | None, start: int
 ) -> window.Rows:
     """What a window has, with what rounding to nearest has where it is its turn or something looks weak."""
-    measured = partial(window.measure, decoded, wanted, block=tensor.block, first=start)
+    measured = partial(window.measure, decoded, wanted, blocks=window.blocks_of(tensor), first=start)
     rounding = tensor.rounding
     if rounding is None:
         return measured(None)

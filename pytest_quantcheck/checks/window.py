@@ -18,11 +18,21 @@ from pytest_quantcheck.checks.metrics import LOST, WEAK, Extremes, Sums
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import Coded, Rounding
+    from pytest_quantcheck.tensor import Coded, LogicalTensor, Rounding
 
 SHORT = 64
 LONG = (4096, 2048, 1024, 512, 256, 128)
 HALF_STEP = 0.5 * (1 + 2**-20)  # the error and the step are rounded themselves
+
+
+class Blocks(NamedTuple):
+    """Blocks of `size` values, where a row begins `pitch` values after the one before.
+
+    `pitch` is its columns where blocks run on across rows, else as many full blocks as hold them.
+    """
+
+    size: int
+    pitch: int
 
 
 class Rows(NamedTuple):
@@ -53,13 +63,19 @@ def _added(values: int, rows: torch.Tensor) -> Sums:
     return Sums(values, signal, noise, cross, total, drift)
 
 
+def blocks_of(tensor: LogicalTensor) -> Blocks:
+    """Return the blocks of a tensor, or runs of `SHORT` values of its rows where it has none."""
+    size = tensor.block or SHORT
+    return Blocks(size, tensor.columns if tensor.flat else -(-tensor.columns // size) * size)
+
+
 def measure(
-    decoded: torch.Tensor, reference: torch.Tensor, rounded: torch.Tensor | None, *, block: int | None, first: int
+    decoded: torch.Tensor, reference: torch.Tensor, rounded: torch.Tensor | None, *, blocks: Blocks, first: int
 ) -> Rows:
     """Return the sums of each row and the extremes of a window whose first row is `first`; a block starts there too."""
     import torch
 
-    against = _compared_in_loops(reference, block) or _compared_by_torch(reference, block)
+    against = _compared_in_loops(reference, blocks) or _compared_by_torch(reference, blocks)
     found = against(decoded)
     more = None if rounded is None else against(rounded)
     non_finite = (0, 0)
@@ -67,14 +83,20 @@ def measure(
         non_finite = (int((~torch.isfinite(decoded)).sum()), int((~torch.isfinite(reference)).sum()))
         if not any(non_finite) and decoded.dtype == torch.float32:  # their squares are too large for it
             twice = None if rounded is None else rounded.double()
-            return measure(decoded.double(), reference.double(), twice, block=block, first=first)
+            return measure(decoded.double(), reference.double(), twice, blocks=blocks, first=first)
     extremes = _places(found, more, first)._replace(non_finite=non_finite[0], reference_non_finite=non_finite[1])
     zeros = extremes._replace(zeros=_zeros(decoded), reference_zeros=_zeros(reference))
     return Rows(found.sums, None if more is None else more.sums, decoded.shape[1], zeros)
 
 
 def measure_coded(
-    coded: Coded, reference: torch.Tensor, rounding: Rounding | None, largest: float | None, *, block: int, first: int
+    coded: Coded,
+    reference: torch.Tensor,
+    rounding: Rounding | None,
+    largest: float | None,
+    *,
+    blocks: Blocks,
+    first: int,
 ) -> Rows | None:
     """Return the same of rows that are decoded, and rounded to nearest, on the way; `largest` is for `whole` formats.
 
@@ -87,7 +109,7 @@ def measure_coded(
     loops = compiled.loops("windows")
     if loops is None:
         return None
-    sums, rounded, zeros, reference_zeros = loops.compare_coded(coded, reference, block, rounding, largest)
+    sums, rounded, zeros, reference_zeros = loops.compare_coded(coded, reference, blocks, rounding, largest)
     found, more = _Compared(*sums), None if rounded is None else _Compared(*rounded)
     if not bool(torch.isfinite(found.sums).all()):
         return None
@@ -104,32 +126,31 @@ class _Compared(NamedTuple):
     max_error: float
 
 
-def _compared_in_loops(reference: torch.Tensor, block: int | None) -> Callable[[torch.Tensor], _Compared] | None:
+def _compared_in_loops(reference: torch.Tensor, blocks: Blocks) -> Callable[[torch.Tensor], _Compared] | None:
     """One fused pass for each side, where compiled loops are in use."""
     loops = compiled.loops("windows")
     if loops is None or reference.element_size() != 4:
         return None
-    size = min(block or SHORT, reference.numel())
 
     def against(values: torch.Tensor) -> _Compared:
-        return _Compared(*loops.compare(values, reference, size))
+        return _Compared(*loops.compare(values, reference, blocks))
 
     return against
 
 
-def _compared_by_torch(reference: torch.Tensor, block: int | None) -> Callable[[torch.Tensor], _Compared]:
+def _compared_by_torch(reference: torch.Tensor, blocks: Blocks) -> Callable[[torch.Tensor], _Compared]:
     """As few passes as there can be; what is of the reference alone is taken once."""
     import torch
 
     columns = reference.shape[1]
-    width = block if block and columns % block == 0 else min(SHORT, columns)
+    width = blocks.size if columns % blocks.size == 0 else min(SHORT, columns)
     long = next((length for length in LONG if columns % length == 0), width)
     scratch = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
-    short, signal = _energy(torch.mul(reference, reference, out=scratch), width, block)
+    short, signal = _energy(torch.mul(reference, reference, out=scratch), width, blocks)
     power, total = _over_rows(short), _over_rows(_short_sums(reference, long))
 
     def against(values: torch.Tensor) -> _Compared:
-        short, noise = _energy(_squared_error(values, reference, scratch), width, block)
+        short, noise = _energy(_squared_error(values, reference, scratch), width, blocks)
         largest = float(scratch.amax().sqrt())  # the root of a square is the number again
         product = _over_rows(_short_sums(torch.mul(reference, values, out=scratch), width))
         drift = _over_rows(_short_sums(values, long)) - total
@@ -167,12 +188,13 @@ def _squared_error(values: torch.Tensor, reference: torch.Tensor, out: torch.Ten
     return torch.ops.aten.mse_loss.out(values, reference, 0, out=out)  # type: ignore[no-any-return]  # 0: no reduction
 
 
-def _energy(squares: torch.Tensor, width: int, block: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of squares of `width` values each, and those of the blocks, which may run on across rows."""
-    short = _short_sums(squares, width)
-    if width == (block or SHORT) and squares.shape[1] % width == 0:
+def _energy(squares: torch.Tensor, width: int, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of squares of `width` values each, and those of the blocks."""
+    short, columns = _short_sums(squares, width), squares.shape[1]
+    if width == blocks.size and columns % width == 0:
         return short, short
-    return short, _short_sums(squares.view(1, -1), min(block or SHORT, squares.numel()))
+    lines = squares.view(1, -1) if blocks.pitch == columns else squares
+    return short, _short_sums(lines, min(blocks.size, lines.shape[1]))
 
 
 def _over_rows(short: torch.Tensor) -> torch.Tensor:

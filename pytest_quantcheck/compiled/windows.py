@@ -29,19 +29,26 @@ MANTISSA = 23  # bits of it
 ZERO = np.float32(0)
 
 
-def compare(values: torch.Tensor, reference: torch.Tensor, block: int) -> Sums:
+def compare(values: torch.Tensor, reference: torch.Tensor, blocks: tuple[int, int]) -> Sums:
     """Return the sums of each row, those of squares of each block, and the largest error; NaN where any is.
 
-    values, reference  # (rows, columns) float32; blocks run on across rows
+    Of blocks, their size is given, and how many values after one row the next begins.
+
+    values, reference  # (rows, columns) float32
     ->                 # (5, rows) float64, in the order of `Sums`; (1, blocks) float32 of the reference, of the error
     """
-    sums, blocks = _empty_sums(reference, block)
-    largest = _compare(values.contiguous().numpy(), reference.contiguous().numpy(), block, sums.numpy(), blocks.numpy())
-    return sums, blocks[:1], blocks[1:], _float(largest)
+    found = sums, squares = _empty_sums(reference, blocks)
+    size, pitch = blocks
+    largest = _compare(values.contiguous().numpy(), reference.contiguous().numpy(), (size, pitch), _arrays(found))
+    return sums, squares[:1], squares[1:], _float(largest)
 
 
 def compare_coded(
-    coded: Coded, reference: torch.Tensor, block: int, rounding: Rounding | None = None, whole: float | None = None
+    coded: Coded,
+    reference: torch.Tensor,
+    blocks: tuple[int, int],
+    rounding: Rounding | None = None,
+    whole: float | None = None,
 ) -> tuple[Sums, Sums | None, int, int]:
     """Return the same of codes, decoded on the way, and how many zeros there are on either side.
 
@@ -55,8 +62,9 @@ def compare_coded(
     shift = 16 if narrow else 0
     table = _table(coded)
     ours, theirs = torch.empty(STRETCH), torch.empty(STRETCH)
-    sums, blocks = _empty_sums(reference, block)
-    rounded_sums, rounded_blocks = _empty_sums(reference, block) if rounding else _NONE
+    found = sums, squares = _empty_sums(reference, blocks)
+    size, pitch = blocks
+    rounds = rounded_sums, rounded_squares = _empty_sums(reference, blocks) if rounding else _NONE
     largest, zeros, reference_zeros = _coded(
         _codes(coded),
         table.numpy(),
@@ -64,20 +72,26 @@ def compare_coded(
         coded.size,
         words.numpy(),
         shift,
-        block,
+        (size, pitch),
         (ours.numpy(), ours.view(table.dtype).numpy()),
         (theirs.numpy(), theirs.view(torch.int32).numpy()),
-        (sums.numpy(), blocks.numpy()),
+        _arrays(found),
         *_rounded(words, shift, rounding, whole),
-        (rounded_sums.numpy(), rounded_blocks.numpy()),
+        _arrays(rounds),
     )
-    rounded = (rounded_sums, rounded_blocks[:1], rounded_blocks[1:], 0.0) if rounding else None
-    return (sums, blocks[:1], blocks[1:], _float(largest)), rounded, zeros, reference_zeros
+    rounded = (rounded_sums, rounded_squares[:1], rounded_squares[1:], 0.0) if rounding else None
+    return (sums, squares[:1], squares[1:], _float(largest)), rounded, zeros, reference_zeros
 
 
-def _empty_sums(reference: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_sums(reference: torch.Tensor, blocks: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For five sums of each row, and two of each block."""
+    size, pitch = blocks
     sums = torch.zeros((5, len(reference)), dtype=torch.float64)
-    return sums, torch.zeros((2, -(-reference.numel() // block)))
+    return sums, torch.zeros((2, -(-len(reference) * pitch // size)))
+
+
+def _arrays(found: tuple[torch.Tensor, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    return found[0].numpy(), found[1].numpy()
 
 
 _NONE = torch.zeros((5, 0), dtype=torch.float64), torch.zeros((2, 0))
@@ -211,13 +225,16 @@ def _float(bits: np.int32) -> float:
 
 
 @machine_code
-def _compare(values: np.ndarray, reference: np.ndarray, block: int, sums: np.ndarray, blocks: np.ndarray) -> np.int32:
+def _compare(
+    values: np.ndarray, reference: np.ndarray, blocks: tuple[int, int], found: tuple[np.ndarray, np.ndarray]
+) -> np.int32:
     largest = np.int32(0)
     rows, columns = values.shape
+    size, pitch = blocks
     for row in range(rows):
         for start in range(0, columns, STRETCH):
             ours, theirs = values[row, start : start + STRETCH], reference[row, start : start + STRETCH]
-            _add_up(ours, theirs, row, row * columns + start, block, sums, blocks)
+            _add_up(ours, theirs, row, row * pitch + start, size, *found)
             largest = max(largest, _largest(ours, theirs))
     return largest
 
@@ -230,21 +247,22 @@ def _coded(
     size: int,
     reference: np.ndarray,
     shift: int,
-    block: int,
+    blocks: tuple[int, int],
     ours: tuple[np.ndarray, np.ndarray],
     theirs: tuple[np.ndarray, np.ndarray],
     found: tuple[np.ndarray, np.ndarray],
     steps: np.ndarray,
     kept: np.ndarray,
     levels: Among,
-    blocks: tuple[int, int],
+    tiles: tuple[int, int],
     rounded: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.int32, int, int]:
     largest, zeros, reference_zeros = np.int32(0), 0, 0
     rows, columns = reference.shape
     width = len(ours[0]) // len(ours[1])
     entries = np.empty(STRETCH, np.uint32)
-    height, wide = blocks
+    block, pitch = blocks
+    height, wide = tiles
     nothing, one = np.empty((0, 0), np.float32), np.float32(1)
     for row in range(rows):
         for start in range(0, columns, STRETCH):
@@ -254,7 +272,7 @@ def _coded(
             values, wanted = ours[0][: stop - start], theirs[0][: stop - start]
             _widen(reference[row, start:stop], shift, theirs[1])
             _place(values, row, start, size, factors)
-            _add_up(values, wanted, row, first, block, *found)
+            _add_up(values, wanted, row, row * pitch + start, block, *found)
             largest = max(largest, _largest(values, wanted))
             zeros += int(_few_zeros(values))
             reference_zeros += int(_few_zeros(wanted))
@@ -263,7 +281,7 @@ def _coded(
                 _place(values, row // height, start, wide, (nothing, steps, nothing, one))
                 _nearest(values, levels, entries)
                 _place(values, row // height, start, wide, (nothing, kept, nothing, one))
-                _add_up(values, wanted, row, first, block, *rounded)
+                _add_up(values, wanted, row, row * pitch + start, block, *rounded)
     return largest, zeros, reference_zeros
 
 
@@ -311,7 +329,7 @@ def _add_up(
     first: int,
     size: int,
     sums: np.ndarray,
-    blocks: np.ndarray,
+    squares: np.ndarray,
 ) -> None:
     block = first // size
     until = (block + 1) * size - first
@@ -323,8 +341,8 @@ def _add_up(
             error = ours[at] - theirs[at]
             signal += theirs[at] * theirs[at]
             noise += error * error
-        blocks[0, block] += signal
-        blocks[1, block] += noise
+        squares[0, block] += signal
+        squares[1, block] += noise
         sums[0, row] += signal
         sums[1, row] += noise
         start, until, block = until, until + size, block + 1

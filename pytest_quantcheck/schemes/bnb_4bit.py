@@ -97,7 +97,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
     layout = _layout(state, record)
     _check(tensor, layout)
     expected = _rounding(layout, tensor.columns, nested=tensor.has("nested_absmax"))
-    return tensor._replace(layout=layout, block=layout.blocksize, floor_db=_floor_db(layout), rounding=expected)
+    return tensor._replace(
+        layout=layout, block=layout.blocksize, floor_db=_floor_db(layout), rounding=expected, flat=True
+    )
 
 
 def _record(name: str, namespace: Namespace) -> StoredTensor:

@@ -93,6 +93,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         block=size,
         floor_db=next((floor for bits, group, floor in FLOORS_DB if meta.get("nbits") == bits and size <= group), None),
         rounding=_rounding(meta.get("nbits"), size, shape, kept_in_groups=layout.axis == 1),
+        flat=True,
     )
 
 

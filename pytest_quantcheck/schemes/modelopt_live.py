@@ -73,6 +73,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Layout(kind, (record["rows"], record["columns"])),
         block=record["columns"] or shape[-1],
         floor_db=FLOORS_DB.get(kind),
+        flat=kind in PACKED,
     )
     _check(tensor)
     return tensor._replace(rounding=_rounding(kind, shape, record["rows"], record["columns"]))

@@ -59,6 +59,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         rounding=rounding.flat(
             rounding.codebook(table), block, straight[-1], steps=steps.levels(table, 1.0, UNITS[name])
         ),
+        flat=True,
     )
 
 

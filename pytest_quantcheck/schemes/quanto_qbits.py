@@ -82,6 +82,7 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         block=layout.columns,
         floor_db=FLOORS_DB[f"qint{layout.bits}"] if layout.columns <= GROUP_SIZES[0] else None,
         rounding=_rounding(layout, shape, shift),
+        flat=True,
     )
 
 

@@ -63,7 +63,9 @@ def claim(anchor: StoredTensor, namespace: Namespace) -> LogicalTensor | None:
         Part(RECORD, "bookkeeping", record),
     )
     expected = rounding.flat(rounding.codebook(packing.NF4, scale="nested-int8"), layout.block, shape[-1])
-    tensor = LogicalTensor(name, shape, "torchao-nf4", "parameter", parts, decode, layout, layout.block, floor_db=18.5)
+    tensor = LogicalTensor(
+        name, shape, "torchao-nf4", "parameter", parts, decode, layout, layout.block, floor_db=18.5, flat=True
+    )
     return tensor._replace(rounding=expected)
 
 
