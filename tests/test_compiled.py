@@ -384,3 +384,19 @@ def test_strips_of_words_are_decoded_window_by_window(tmp_path, monkeypatch, sca
         monkeypatch.setattr(compiled, "FROM", 0)
         monkeypatch.setattr(window, "measure", lambda *_, **__: pytest.fail("a window was decoded by itself"))
         engine.measure(plain, theirs)
+
+
+ADDED = """
+import torch
+from pytest_quantcheck.compiled import windows
+values, reference = (torch.randn(16, 1000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+print([found.double().sum().item().hex() for found in windows.compare(values, reference, 64)[:3]])
+"""
+
+
+def test_kept_machine_code_adds_in_the_order_of_what_was_just_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    run = [sys.executable, "-c", ADDED]
+    first, second = (subprocess.run(run, check=True, timeout=120, capture_output=True).stdout for _ in range(2))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert first == second
