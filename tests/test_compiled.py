@@ -390,7 +390,7 @@ ADDED = """
 import torch
 from pytest_quantcheck.compiled import windows
 values, reference = (torch.randn(16, 1000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-print([found.double().sum().item().hex() for found in windows.compare(values, reference, 64)[:3]])
+print([found.double().sum().item().hex() for found in windows.compare(values, reference, (64, 1000))[:3]])
 """
 
 

@@ -65,17 +65,20 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["blocks-run-on", "blocks-begin-anew-in-rows"])
 @pytest.mark.parametrize(("shape", "block"), SHAPES)
-def test_metrics_are_those_of_float64_over_the_whole(tmp_path, shape, block, monkeypatch):
+def test_metrics_are_those_of_float64_over_the_whole(tmp_path, shape, block, flat, monkeypatch):
     monkeypatch.setattr(engine, "WINDOW", 1 << 14)
     tensor, reference = pair_of(tmp_path, gaussian(*shape), block=block)
+    tensor = tensor._replace(flat=flat)
     row = engine.measure(tensor, reference)
     d, r = tensor.decode().double(), reference.decode().double()
     e = d - r
     sigma = r.pow(2).mean().sub(r.mean() ** 2).sqrt()
     rows = r.pow(2).sum(1) / e.pow(2).sum(1)
     signal, noise = (
-        torch.nn.functional.pad(one.pow(2).view(-1), (0, -one.numel() % block)).view(-1, block).sum(1) for one in (r, e)
+        torch.nn.functional.pad(line.pow(2), (0, -line.shape[1] % block)).view(-1, block).sum(1)
+        for line in ((r.view(1, -1), e.view(1, -1)) if flat else (r, e))
     )
     blocks = signal / noise
     assert row.sums.values == r.numel()
