@@ -275,7 +275,7 @@ def test_a_reference_of_zeros_shows_nothing(tmp_path):
 
 @pytest.fixture
 def windows_of_rows(monkeypatch):
-    """Windows of 8 rows of 512, of which every fourth is rounded."""
+    """Windows of 8 rows of 512, of which every eighth is rounded."""
     monkeypatch.setattr(engine, "WINDOW", 8 * 512)
     monkeypatch.setattr(engine, "CODED_WINDOW", 8 * 512)
     monkeypatch.setattr(engine, "SAMPLED_FROM", 128 * 512)
@@ -287,7 +287,7 @@ def test_rounding_a_part_changes_nothing_else(tmp_path, windows_of_rows):
     whole = engine.measure(tensor, reference)
     assert part.sampled
     assert not whole.sampled
-    assert part.sums.rounding.values * 4 == whole.sums.rounding.values == whole.sums.values
+    assert part.sums.rounding.values * engine.SAMPLED == whole.sums.rounding.values == whole.sums.values
     assert part.rounding_sqnr_db == pytest.approx(whole.rounding_sqnr_db, abs=0.1)
     assert part.sums._replace(rounding=None) == whole.sums._replace(rounding=None)
     assert part.extremes == whole.extremes
@@ -309,7 +309,7 @@ def test_windows_that_are_harder_than_the_sample_are_no_fault(tmp_path, windows_
     """The rows that are rounded are levels of the table, the others have outliers: all are rounded before it fails."""
     values = gaussian(128, 512)
     values[torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.01] *= 30
-    for start in range(0, 128, 32):
+    for start in range(0, 128, 8 * engine.SAMPLED):
         values[start : start + 8] = gaussian(8, 512).sign() * SIGMA * 8
     tensor, reference = pair_of(tmp_path, values)
     (part,) = engine.measure_each([(tensor, reference)], sample=True)

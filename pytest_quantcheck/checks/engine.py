@@ -41,8 +41,8 @@ HELD = 1 << 22  # bytes of a part that every window looks into
 THREADS = 8
 
 # Rounding to nearest costs more than all that is measured. Of a tensor of so many values it is tried on one window in
-# four, and on those with a weak place.
-SAMPLED, SAMPLED_FROM = 4, 1 << 22
+# eight, and on those with a weak place.
+SAMPLED, SAMPLED_FROM = 8, 1 << 22
 
 # Floats to which casting is exact to say: to nearest, ties to even.
 CASTS = frozenset({"F64", "F32", "F16", "BF16"})

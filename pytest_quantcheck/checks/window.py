@@ -85,8 +85,9 @@ def measure(
             twice = None if rounded is None else rounded.double()
             return measure(decoded.double(), reference.double(), twice, blocks=blocks, first=first)
     extremes = _places(found, more, first)._replace(non_finite=non_finite[0], reference_non_finite=non_finite[1])
-    zeros = extremes._replace(zeros=_zeros(decoded), reference_zeros=_zeros(reference))
-    return Rows(found.sums, None if more is None else more.sums, decoded.shape[1], zeros)
+    if found.zeros is None:
+        extremes = extremes._replace(zeros=_zeros(decoded), reference_zeros=_zeros(reference))
+    return Rows(found.sums, None if more is None else more.sums, decoded.shape[1], extremes)
 
 
 def measure_coded(
@@ -109,12 +110,11 @@ def measure_coded(
     loops = compiled.loops("windows")
     if loops is None:
         return None
-    sums, rounded, zeros, reference_zeros = loops.compare_coded(coded, reference, blocks, rounding, largest)
+    sums, rounded = loops.compare_coded(coded, reference, blocks, rounding, largest)
     found, more = _Compared(*sums), None if rounded is None else _Compared(*rounded)
     if not bool(torch.isfinite(found.sums).all()):
         return None
-    extremes = _places(found, more, first)._replace(zeros=zeros, reference_zeros=reference_zeros)
-    return Rows(found.sums, None if more is None else more.sums, reference.shape[1], extremes)
+    return Rows(found.sums, None if more is None else more.sums, reference.shape[1], _places(found, more, first))
 
 
 class _Compared(NamedTuple):
@@ -124,6 +124,7 @@ class _Compared(NamedTuple):
     signal: torch.Tensor  # of each block
     noise: torch.Tensor
     max_error: float
+    zeros: tuple[int, int] | None = None  # on either side, where they were counted on the way
 
 
 def _compared_in_loops(reference: torch.Tensor, blocks: Blocks) -> Callable[[torch.Tensor], _Compared] | None:
@@ -165,6 +166,8 @@ def _places(found: _Compared, rounded: _Compared | None, first: int) -> Extremes
     rows, block = _ratio(found.sums[0], found.sums[1]), _ratio(found.signal, found.noise)
     row = int(rows.argmin())
     seen = Extremes(found.max_error, min_block=float(block.amin()), min_row=float(rows[row]), row=first + row)
+    if found.zeros is not None:
+        seen = seen._replace(zeros=found.zeros[0], reference_zeros=found.zeros[1])
     if rounded is None:
         return seen
     lost = rows.where(rounded.sums[1] * LOST < found.sums[1], math.inf)
@@ -227,8 +230,5 @@ def _zeros(values: torch.Tensor) -> int:
     """How many values are exactly zero; a float comparison is faster than one that makes booleans."""
     import torch
 
-    loops = compiled.loops("windows")
-    if loops is not None and values.dtype == torch.float32:
-        return loops.count_zeros(values)  # type: ignore[no-any-return]
     ones = torch.eq(values, 0, out=torch.empty_like(values))
     return int(ones.view(-1, ones.shape[-1]).sum(dim=1).sum(dtype=torch.float64))

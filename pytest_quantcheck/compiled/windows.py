@@ -16,7 +16,8 @@ from pytest_quantcheck.tensor import Floats, Integers
 if TYPE_CHECKING:
     from pytest_quantcheck.tensor import Coded, Levels, Rounding
 
-Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # of rows, signal and noise of blocks, the largest error
+# Of rows, signal and noise of blocks, the largest error, zeros of the values and of the reference.
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, tuple[int, ...]]
 
 Factors = tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]  # zero points, scales, shifts; what multiplies all
 Among = tuple[np.ndarray, np.float32, np.float32, np.int32, np.int32]  # of levels: a table; low, high; finer, least
@@ -30,7 +31,7 @@ ZERO = np.float32(0)
 
 
 def compare(values: torch.Tensor, reference: torch.Tensor, blocks: tuple[int, int]) -> Sums:
-    """Return the sums of each row, those of squares of each block, and the largest error; NaN where any is.
+    """Return the sums of each row, those of squares of each block, the largest error, and the zeros on either side.
 
     Of blocks, their size is given, and how many values after one row the next begins.
 
@@ -39,8 +40,10 @@ def compare(values: torch.Tensor, reference: torch.Tensor, blocks: tuple[int, in
     """
     found = sums, squares = _empty_sums(reference, blocks)
     size, pitch = blocks
-    largest = _compare(values.contiguous().numpy(), reference.contiguous().numpy(), (size, pitch), _arrays(found))
-    return sums, squares[:1], squares[1:], _float(largest)
+    largest, *zeros = _compare(
+        values.contiguous().numpy(), reference.contiguous().numpy(), (size, pitch), _arrays(found)
+    )
+    return sums, squares[:1], squares[1:], _float(largest), tuple(zeros)
 
 
 def compare_coded(
@@ -49,8 +52,8 @@ def compare_coded(
     blocks: tuple[int, int],
     rounding: Rounding | None = None,
     whole: float | None = None,
-) -> tuple[Sums, Sums | None, int, int]:
-    """Return the same of codes, decoded on the way, and how many zeros there are on either side.
+) -> tuple[Sums, Sums | None]:
+    """Return the same of codes, decoded on the way, with the sums of what was rounded.
 
     `rounding` is tried on the reference on the way too: its `levels` must be known. `whole` is the largest magnitude
     where that is of the whole tensor.
@@ -65,7 +68,7 @@ def compare_coded(
     found = sums, squares = _empty_sums(reference, blocks)
     size, pitch = blocks
     rounds = rounded_sums, rounded_squares = _empty_sums(reference, blocks) if rounding else _NONE
-    largest, zeros, reference_zeros = _coded(
+    largest, *zeros = _coded(
         _codes(coded),
         table.numpy(),
         _factors(coded),
@@ -79,8 +82,8 @@ def compare_coded(
         *_rounded(words, shift, rounding, whole),
         _arrays(rounds),
     )
-    rounded = (rounded_sums, rounded_squares[:1], rounded_squares[1:], 0.0) if rounding else None
-    return (sums, squares[:1], squares[1:], _float(largest)), rounded, zeros, reference_zeros
+    rounded = (rounded_sums, rounded_squares[:1], rounded_squares[1:], 0.0, (0, 0)) if rounding else None
+    return (sums, squares[:1], squares[1:], _float(largest), tuple(zeros)), rounded
 
 
 def _empty_sums(reference: torch.Tensor, blocks: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,11 +172,6 @@ def small_floats(values: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def count_zeros(values: torch.Tensor) -> int:
-    """Return how many values are exactly zero."""
-    return _zeros(values.contiguous().view(-1).numpy())
-
-
 def look_up(codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return the one or two values of each byte.
 
@@ -227,16 +225,21 @@ def _float(bits: np.int32) -> float:
 @machine_code
 def _compare(
     values: np.ndarray, reference: np.ndarray, blocks: tuple[int, int], found: tuple[np.ndarray, np.ndarray]
-) -> np.int32:
-    largest = np.int32(0)
+) -> tuple[np.int32, int, int]:
+    largest, zeros, reference_zeros = np.int32(0), 0, 0
     rows, columns = values.shape
     size, pitch = blocks
     for row in range(rows):
         for start in range(0, columns, STRETCH):
             ours, theirs = values[row, start : start + STRETCH], reference[row, start : start + STRETCH]
             _add_up(ours, theirs, row, row * pitch + start, size, *found)
-            largest = max(largest, _largest(ours, theirs))
-    return largest
+            error, few, reference_few = _extremes(ours, theirs)
+            largest, zeros, reference_zeros = (
+                max(largest, error),
+                zeros + int(few),
+                reference_zeros + int(reference_few),
+            )
+    return largest, zeros, reference_zeros
 
 
 @machine_code
@@ -273,9 +276,12 @@ def _coded(
             _widen(reference[row, start:stop], shift, theirs[1])
             _place(values, row, start, size, factors)
             _add_up(values, wanted, row, row * pitch + start, block, *found)
-            largest = max(largest, _largest(values, wanted))
-            zeros += int(_few_zeros(values))
-            reference_zeros += int(_few_zeros(wanted))
+            error, few, reference_few = _extremes(values, wanted)
+            largest, zeros, reference_zeros = (
+                max(largest, error),
+                zeros + int(few),
+                reference_zeros + int(reference_few),
+            )
             if wide:  # in the place of the decoded values
                 _copy(wanted, values)
                 _place(values, row // height, start, wide, (nothing, steps, nothing, one))
@@ -358,34 +364,20 @@ def _add_up(
 
 
 @machine_code
-def _largest(values: np.ndarray, reference: np.ndarray) -> np.int32:
-    largest = np.int32(0)
+def _extremes(values: np.ndarray, reference: np.ndarray) -> tuple[np.int32, np.int32, np.int32]:
+    largest, zeros, reference_zeros = np.int32(0), np.int32(0), np.int32(0)
     for at in range(len(values)):
         error = np.float32(values[at] - reference[at])
         largest = max(largest, np.int32(error.view(np.int32) & MAGNITUDE))
-    return largest
-
-
-@machine_code
-def _zeros(values: np.ndarray) -> int:
-    zeros = 0
-    for start in range(0, len(values), STRETCH):
-        zeros += int(_few_zeros(values[start : start + STRETCH]))
-    return zeros
+        zeros += np.int32(values[at] == ZERO)
+        reference_zeros += np.int32(reference[at] == ZERO)
+    return largest, zeros, reference_zeros
 
 
 @machine_code
 def _copy(values: np.ndarray, found: np.ndarray) -> None:
     for at in range(len(values)):
         found[at] = values[at]
-
-
-@machine_code
-def _few_zeros(values: np.ndarray) -> np.int32:
-    few = np.int32(0)
-    for at in range(len(values)):
-        few += np.int32(values[at] == ZERO)
-    return few
 
 
 @machine_code
