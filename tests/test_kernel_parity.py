@@ -130,6 +130,16 @@ def test_onnxruntime_decodes_what_is_stored(case, tmp_path):
     assert (row.library, row.shape) == ("onnxruntime", case.shape)
 
 
+def test_a_dequantize_linear_runs_with_its_product(tmp_path):
+    """onnxruntime makes one kernel of both, which was reported to take blocks along axis 0 for others."""
+    (case,) = (case for case in ONNX if case.id == "onnx-matmul-as-qdq")
+    artifact = inspect(case.make().write(tmp_path))
+    (layer,) = onnx_kernels.layers(artifact)
+    assert layer.owner.multiplied
+    assert (layer.owner.node.integer("axis"), layer.owner.node.integer("block_size")) == (0, 32)
+    assert kernel_parity.check_kernel_parity(kernel_parity.compare([layer], artifact)).passed
+
+
 @pytest.mark.parametrize("level", [0, 1, 4])
 def test_products_of_any_accuracy_level_are_told_from_wrong_codes(level, tmp_path):
     """Level 4 rounds inputs to 8 bits, which the identity survives."""
