@@ -613,7 +613,7 @@ FAULTS = [
     Fault(65, "MatMulNBits in blocks of 512: onnxruntime returned zeros, and refuses it now", blocks_of_512,
           "kernel parity", "onnxruntime .* does not run it: Only block sizes .* got: 512"),
     Fault(66, "onnxruntime's fusion of int4 blocks along axis 0 and their product miscomputes", None, "kernel parity",
-          reason="reported of onnxruntime 1.29.0; it and 1.31.1 compute such models right on the CPU where this was tried"),
+          reason="reported of onnxruntime 1.29.0; it and 1.31.1 compute such models right where this was tried"),
     Fault(67, "zero points of another shape",
           of_tensors(gptq(), change("layer.qzeros", lambda packed: packed.reshape(-1, 1))), "opens", "qzeros"),
     Fault(68, "ternary fields packed from signed numbers", of_tensors(ternary, ternary_of_signed, **FLOOR), "fidelity",
