@@ -334,7 +334,7 @@ def _strips(slab: Slab, tensor: LogicalTensor, reference: LogicalTensor) -> Iter
     if not tensor.params:
         return
     strip = slab.step
-    if views.is_turned(reference) or _lies_across(tensor):
+    if views.is_turned(reference) or _lies_across(tensor) or (slab.compiled and tensor.decoder in CODERS):
         strip = max(slab.step, STRIP // max(1, tensor.columns) // slab.step * slab.step)
     for low in range(slab.start, slab.stop, strip):
         yield low, min(low + strip, slab.stop)
@@ -344,25 +344,23 @@ def _sides(
     slab: Slab, tensor: LogicalTensor, reference: LogicalTensor, low: int, high: int
 ) -> Iterator[tuple[int, Coded | torch.Tensor, torch.Tensor]]:
     """Yield the first row of each window and both sides of it, codes and bfloat16 as stored where loops take them."""
-    coded = _codes(slab, tensor, low, high)
-    ours = tensor.decode(low, high, slab.device) if coded is None else None
-    theirs = reference.decode(low, high, slab.device) if coded is None or views.is_turned(reference) else None
+    ours = _codes(slab, tensor, low, high)
     as_stored = reference.decoder is plain.decode and reference.stored.dtype == "BF16" and not reference.shift
-    rows = packing.stored_rows if as_stored and not reference.paired_rows else LogicalTensor.decode
-    for start in range(low, high, slab.step):
-        stop = min(start + slab.step, high)
-        wanted = rows(reference, start, stop, slab.device) if theirs is None else theirs[start - low : stop - low]
-        if coded is not None:
-            yield start, coded.rows(start - low, stop - low), wanted
-        elif ours is not None:
-            yield start, ours[start - low : stop - low], wanted
+    if isinstance(ours, Coded) and as_stored and not reference.paired_rows:
+        theirs = packing.stored_rows(reference, low, high, slab.device)
+    else:
+        theirs = reference.decode(low, high, slab.device)
+    for start in range(0, high - low, slab.step):
+        stop = min(start + slab.step, high - low)
+        yield low + start, ours.rows(start, stop) if isinstance(ours, Coded) else ours[start:stop], theirs[start:stop]
 
 
-def _codes(slab: Slab, tensor: LogicalTensor, start: int, stop: int) -> Coded | None:
+def _codes(slab: Slab, tensor: LogicalTensor, start: int, stop: int) -> Coded | torch.Tensor:
+    """Rows as codes where loops take them, else as values."""
     coder = CODERS.get(tensor.decoder)
-    if not slab.compiled or coder is None or tensor.paired_rows or tensor.shift:
-        return None
-    return coder(tensor, start, stop, slab.device)
+    takes = slab.compiled and coder is not None and not tensor.paired_rows and not tensor.shift
+    coded = coder(tensor, start, stop, slab.device) if takes and coder is not None else None
+    return tensor.decode(start, stop, slab.device) if coded is None else coded
 
 
 def _lies_across(tensor: LogicalTensor) -> bool:
