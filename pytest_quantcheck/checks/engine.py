@@ -357,9 +357,9 @@ def _sides(
 
 def _codes(slab: Slab, tensor: LogicalTensor, start: int, stop: int) -> Coded | torch.Tensor:
     """Rows as codes where loops take them, else as values."""
-    coder = CODERS.get(tensor.decoder)
-    takes = slab.compiled and coder is not None and not tensor.paired_rows and not tensor.shift
-    coded = coder(tensor, start, stop, slab.device) if takes and coder is not None else None
+    as_stored = slab.compiled and not tensor.paired_rows and not tensor.shift
+    coder = CODERS.get(tensor.decoder) if as_stored else None
+    coded = None if coder is None else coder(tensor, start, stop, slab.device)
     return tensor.decode(start, stop, slab.device) if coded is None else coded
 
 

@@ -40,10 +40,8 @@ def compare(values: torch.Tensor, reference: torch.Tensor, blocks: tuple[int, in
     """
     found = sums, squares = _empty_sums(reference, blocks)
     size, pitch = blocks
-    largest, *zeros = _compare(
-        values.contiguous().numpy(), reference.contiguous().numpy(), (size, pitch), _arrays(found)
-    )
-    return sums, squares[:1], squares[1:], _float(largest), tuple(zeros)
+    seen = _compare(values.contiguous().numpy(), reference.contiguous().numpy(), (size, pitch), _arrays(found))
+    return sums, squares[:1], squares[1:], _float(seen[0]), (int(seen[1]), int(seen[2]))
 
 
 def compare_coded(
@@ -68,7 +66,7 @@ def compare_coded(
     found = sums, squares = _empty_sums(reference, blocks)
     size, pitch = blocks
     rounds = rounded_sums, rounded_squares = _empty_sums(reference, blocks) if rounding else _NONE
-    largest, *zeros = _coded(
+    seen = _coded(
         _codes(coded),
         table.numpy(),
         _factors(coded),
@@ -83,7 +81,7 @@ def compare_coded(
         _arrays(rounds),
     )
     rounded = (rounded_sums, rounded_squares[:1], rounded_squares[1:], 0.0, (0, 0)) if rounding else None
-    return (sums, squares[:1], squares[1:], _float(largest), tuple(zeros)), rounded
+    return (sums, squares[:1], squares[1:], _float(seen[0]), (int(seen[1]), int(seen[2]))), rounded
 
 
 def _empty_sums(reference: torch.Tensor, blocks: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,28 +216,23 @@ def nearest(blocks: torch.Tensor, levels: Levels) -> torch.Tensor:
     return found.add_(0.0) if one_zero else found  # -0.0 + 0.0 is 0.0
 
 
-def _float(bits: np.int32) -> float:
+def _float(bits: np.int64) -> float:
     return float(np.int32(bits).view(np.float32))
 
 
 @machine_code
 def _compare(
     values: np.ndarray, reference: np.ndarray, blocks: tuple[int, int], found: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.int32, int, int]:
-    largest, zeros, reference_zeros = np.int32(0), 0, 0
+) -> np.ndarray:
+    seen = np.zeros(3, np.int64)
     rows, columns = values.shape
     size, pitch = blocks
     for row in range(rows):
         for start in range(0, columns, STRETCH):
             ours, theirs = values[row, start : start + STRETCH], reference[row, start : start + STRETCH]
             _add_up(ours, theirs, row, row * pitch + start, size, *found)
-            error, few, reference_few = _extremes(ours, theirs)
-            largest, zeros, reference_zeros = (
-                max(largest, error),
-                zeros + int(few),
-                reference_zeros + int(reference_few),
-            )
-    return largest, zeros, reference_zeros
+            _count(ours, theirs, seen)
+    return seen
 
 
 @machine_code
@@ -259,8 +252,8 @@ def _coded(
     levels: Among,
     tiles: tuple[int, int],
     rounded: tuple[np.ndarray, np.ndarray],
-) -> tuple[np.int32, int, int]:
-    largest, zeros, reference_zeros = np.int32(0), 0, 0
+) -> np.ndarray:
+    seen = np.zeros(3, np.int64)
     rows, columns = reference.shape
     width = len(ours[0]) // len(ours[1])
     entries = np.empty(STRETCH, np.uint32)
@@ -276,19 +269,14 @@ def _coded(
             _widen(reference[row, start:stop], shift, theirs[1])
             _place(values, row, start, size, factors)
             _add_up(values, wanted, row, row * pitch + start, block, *found)
-            error, few, reference_few = _extremes(values, wanted)
-            largest, zeros, reference_zeros = (
-                max(largest, error),
-                zeros + int(few),
-                reference_zeros + int(reference_few),
-            )
+            _count(values, wanted, seen)
             if wide:  # in the place of the decoded values
                 _copy(wanted, values)
                 _place(values, row // height, start, wide, (nothing, steps, nothing, one))
                 _nearest(values, levels, entries)
                 _place(values, row // height, start, wide, (nothing, kept, nothing, one))
                 _add_up(values, wanted, row, row * pitch + start, block, *rounded)
-    return largest, zeros, reference_zeros
+    return seen
 
 
 @machine_code
@@ -364,14 +352,17 @@ def _add_up(
 
 
 @machine_code
-def _extremes(values: np.ndarray, reference: np.ndarray) -> tuple[np.int32, np.int32, np.int32]:
+def _count(values: np.ndarray, reference: np.ndarray, seen: np.ndarray) -> None:
+    """The bits of the largest error so far, and the zeros of values and of reference."""
     largest, zeros, reference_zeros = np.int32(0), np.int32(0), np.int32(0)
     for at in range(len(values)):
         error = np.float32(values[at] - reference[at])
         largest = max(largest, np.int32(error.view(np.int32) & MAGNITUDE))
         zeros += np.int32(values[at] == ZERO)
         reference_zeros += np.int32(reference[at] == ZERO)
-    return largest, zeros, reference_zeros
+    seen[0] = max(seen[0], np.int64(largest))
+    seen[1] += zeros
+    seen[2] += reference_zeros
 
 
 @machine_code

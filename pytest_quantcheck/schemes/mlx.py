@@ -214,19 +214,11 @@ def decode(tensor: LogicalTensor, start: int, stop: int, device: str) -> torch.T
 
 def coded(tensor: LogicalTensor, start: int, stop: int, device: str) -> Coded | None:
     """Return rows `start` up to `stop` as codes, where the mode is affine."""
-    import torch
-
-    layout, rows = tensor.layout, stop - start
+    layout = tensor.layout
     assert isinstance(layout, Layout)
     if layout.mode != "affine":
         return None
-    width, groups = tensor.columns * layout.bits // 8, tensor.columns // layout.group
-    raw = tensor.stored.load_bytes(start * width, stop * width, device).view(rows, width)
-    scales, biases = (
-        tensor.part(part).load(start * groups, stop * groups, device).to(torch.float32).view(rows, groups)
-        for part in ("scales", "biases")
-    )
-    return Coded(*packing.integers(raw, layout.bits, tensor.columns), scales, layout.group, shifts=biases)
+    return packing.biased_rows(tensor, slice(start, stop), layout.bits, layout.group, device, biases="biases")
 
 
 def _values(tensor: LogicalTensor, layout: Layout, first: int, last: int, device: str) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_quantcheck import compiled
 from pytest_quantcheck.dtypes import BITS, DTYPES
 from pytest_quantcheck.errors import FormatError
+from pytest_quantcheck.tensor import Coded
 
 if TYPE_CHECKING:
     import torch
 
-    from pytest_quantcheck.tensor import Coded, LogicalTensor, StoredTensor
+    from pytest_quantcheck.tensor import LogicalTensor, StoredTensor
 
 # Four bits: sign, two of exponent, one of mantissa. OCP Microscaling Formats 1.0, table 5.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -191,6 +192,19 @@ def integers(
         return raw[:, :count].reshape(-1), table
     codes = unpack_words(raw, bits, count).to(torch.uint8) if loops is None else loops.unpack(raw, bits, count)
     return codes.view(-1), table
+
+
+def biased_rows(tensor: LogicalTensor, window: slice, bits: int, group: int, device: str, *, biases: str) -> Coded:
+    """Return rows of codes that are streams of their own, with a scale and a bias for each group: q * scale + bias."""
+    import torch
+
+    rows, width, groups = window.stop - window.start, tensor.columns * bits // 8, tensor.columns // group
+    raw = tensor.stored.load_bytes(window.start * width, window.stop * width, device).view(rows, width)
+    scales, shifts = (
+        tensor.part(part).load(window.start * groups, window.stop * groups, device).to(torch.float32).view(rows, groups)
+        for part in ("scales", biases)
+    )
+    return Coded(*integers(raw, bits, tensor.columns), scales, group, shifts=shifts)
 
 
 def turned(words: torch.Tensor) -> torch.Tensor:

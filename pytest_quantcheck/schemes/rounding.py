@@ -280,7 +280,8 @@ def block_loops(blocks: torch.Tensor) -> ModuleType | None:
 
 
 def _affine(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
-    low, high = blocks.amin(dim=1, keepdim=True).clamp_(max=0), blocks.amax(dim=1, keepdim=True).clamp_(min=0)
+    least, most = _range(blocks)
+    low, high = least.clamp(max=0), most.clamp(min=0)
     if largest is not None:
         low, high = low.new_full((1, 1), -largest), high.new_full((1, 1), largest)
     chosen, kept = scales((high - low) / (levels - 1), scale)
@@ -297,7 +298,7 @@ def _from_least(blocks: torch.Tensor, largest: float | None, *, levels: int, sca
 def _from_edge(blocks: torch.Tensor, largest: float | None, *, levels: int, scale: ScaleKind) -> torch.Tensor:
     import torch
 
-    low, high = blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
+    low, high = _range(blocks)
     lower = low.abs() > high.abs()
     edge, step = torch.where(lower, low, high), (high - low) / (levels - 1)
     step = torch.where(lower, step, -step)
